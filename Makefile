@@ -1,0 +1,36 @@
+# Everything happens in .venv, and every target makes that ready first. It is installed again only when setup.cfg or pyproject.toml has changed.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test test-all lint clean
+.DEFAULT_GOAL := help
+
+help:      ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/installed       ## a real model answers from a long document, with all and with a part of its cache
+	$(BIN)/python -m experiments.demo --workdir=runs/demo
+
+test: .venv/installed       ## the quick tests
+	$(BIN)/python -m pytest -m "not slow and not compare"
+
+test-all: .venv/installed-compare       ## every test, the slow ones and those against PyTorch too
+	$(BIN)/python -m pytest
+
+lint: .venv/installed       ## ruff
+	$(BIN)/ruff check .
+
+clean:     ## remove .venv, caches and build artefacts, but not runs/
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/installed: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "This needs Python 3.11 or later: make PYTHON=/path/to/python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -e ".[dev]"
+	touch $@
+
+# On Linux, PyPI's torch brings gigabytes of CUDA; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets the one for the CPU.
+.venv/installed-compare: .venv/installed
+	$(BIN)/python -m pip install -e ".[dev,compare]"
+	touch $@

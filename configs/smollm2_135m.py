@@ -1,0 +1,51 @@
+"""Global gates for SmolLM2-135M-Instruct, on a CPU.
+
+Method: arXiv 2605.09649 (DBTrimKV) at a scale that two CPU cores train.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.model = "smollm2-135m"
+    config.dtype = "float32"
+    config.seed = 0
+    config.steps = 800
+    config.checkpoint_every = 50
+    config.start_from = ""  # a gates file to go on from, instead of fresh gates
+
+    config.gate = ConfigDict()
+    config.gate.kind = "global"
+    config.gate.width = 128  # the papers' 512 suits E >= 2048
+    config.gate.tie_heads = False
+    config.gate.bias = 8.0  # 18 learns too slowly at this scale; 5 forgets everything at once, and nothing is left to rank
+    config.gate.sinks = 1  # position 0 stays: evicted in some streams, it costs more than all else (METHOD section 8)
+
+    config.data = ConfigDict()
+    config.data.text = "pydoc"
+    config.data.length = 512
+    config.data.targets = 192
+    config.data.plain_share = 0.15
+    config.data.batch_size = 1
+
+    config.loss = ConfigDict()
+    config.loss.kl = 1.0
+    config.loss.ntp = 1.0
+    config.loss.other_kl = 1.0
+    config.loss.capacity = 1.0
+    config.loss.budget_low = 0.03
+    config.loss.budget_high = 0.25
+    config.loss.capacity_every = 8
+    config.loss.remat = True  # on a CPU recomputing a layer is faster than streaming its activations through memory
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 5e-3  # the published 2e-4 learns nothing in a few hundred steps of one document
+    config.optimizer.warmup_steps = 10
+    config.optimizer.final_fraction = 0.02
+    config.optimizer.clip_norm = 1.0
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.98
+    config.optimizer.eps = 1e-10  # first gradients are tiny: beta starts at almost 1
+    config.optimizer.weight_decay = 1e-4
+    return config

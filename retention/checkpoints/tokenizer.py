@@ -1,0 +1,244 @@
+"""Tokenizers from GGUF metadata and from Hugging Face folders, incremental decoding, and chat templates."""
+
+import datetime
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+END_OF_TEXT = "<|endoftext|>"
+
+# Values of tokenizer.ggml.token_type. The rest (ordinary, unknown, unused, byte) needs no special treatment in a byte-level vocabulary.
+CONTROL, USER_DEFINED = 3, 4
+
+# How Llama 3 and Qwen2 cut text into words before merging; they differ in the digits that form one word.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _gpt2() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _words(digits: str) -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(tokenizers.Regex(_WORDS % digits), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+PRE_TOKENIZERS = {
+    "gpt-2": _gpt2,
+    "default": _gpt2,
+    "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()]),
+    "llama-bpe": lambda: _words("{1,3}"),
+    "qwen2": lambda: _words(""),
+}
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Attributes:
+      vocab_size: the number of tokens, special ones included. A model's embedding table may have more rows (padding).
+      eos_ids: the ids that end a text or a turn.
+    """
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        eos_ids: Iterable[int],
+        bos_token: str = "",
+        eos_token: str = "",
+        chat_template: str | None = None,
+    ):
+        self._tokenizer = tokenizer
+        self._special = {"bos_token": bos_token, "eos_token": eos_token}
+        self._bos_id = tokenizer.token_to_id(bos_token) if bos_token else None
+        self._chat_template = chat_template
+        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        added = tokenizer.get_added_tokens_decoder()
+        end_of_text = [token_id for token_id, token in added.items() if token.special and token.content == END_OF_TEXT]
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos_ids, *end_of_text]))
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
+        """Builds the byte-level BPE that a GGUF file's `tokenizer.*` metadata describes.
+
+        Raises:
+          NotImplementedError: another kind of model than "gpt2" (byte-level BPE), or a pre-tokenizer that is not one of PRE_TOKENIZERS.
+          ValueError: a key is missing.
+        """
+
+        def value(key: str) -> Any:
+            if f"tokenizer.ggml.{key}" not in metadata:
+                raise ValueError(f"the GGUF metadata has no tokenizer.ggml.{key}, which its tokenizer needs")
+            return metadata[f"tokenizer.ggml.{key}"]
+
+        if value("model") != "gpt2":
+            raise NotImplementedError(f"GGUF tokenizer model {value('model')!r} is not supported; gpt2 (byte-level BPE) is")
+        pre = value("pre")
+        if pre not in PRE_TOKENIZERS:
+            raise NotImplementedError(f"GGUF pre-tokenizer {pre!r} is not supported; {', '.join(PRE_TOKENIZERS)} are")
+        tokens = value("tokens")
+        merges = [tuple(merge.split(" ", 1)) for merge in value("merges")]
+        vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
+        # Llama 3 takes a word that is a token as it stands, even where its merges do not lead there.
+        tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
+        if pre == "qwen2":
+            tokenizer.normalizer = normalizers.NFC()
+        tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
+        tokenizer.decoder = decoders.ByteLevel()
+        for token, kind in zip(tokens, value("token_type"), strict=True):
+            if kind == CONTROL:
+                tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False)])
+            elif kind == USER_DEFINED:
+                tokenizer.add_tokens([tokenizers.AddedToken(token, normalized=False)])
+
+        def token_of(key: str) -> str:
+            token_id = metadata.get(f"tokenizer.ggml.{key}")
+            return "" if token_id is None else tokens[token_id]
+
+        bos_token = token_of("bos_token_id")
+        # Llama 3 files may leave the flag out; their models were trained with the token.
+        if bos_token and metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=f"{bos_token} $A", special_tokens=[(bos_token, vocabulary[bos_token])]
+            )
+        eos_ids = [metadata[f"tokenizer.ggml.{key}"] for key in ("eos_token_id", "eot_token_id") if f"tokenizer.ggml.{key}" in metadata]
+        return cls(tokenizer, eos_ids, bos_token, token_of("eos_token_id"), metadata.get("tokenizer.chat_template"))
+
+    @classmethod
+    def from_folder(cls, path: str | pathlib.Path) -> "Tokenizer":
+        """Reads tokenizer.json of a Hugging Face folder, and what tokenizer_config.json, chat_template.jinja, config.json and
+        generation_config.json say about special tokens and the chat template, where they exist.
+
+        Raises:
+          FileNotFoundError: no tokenizer.json.
+          ValueError: a file that is not what its name says.
+        """
+        folder = pathlib.Path(path)
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no tokenizer.json in {folder}: only fast tokenizers are supported")
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the package raises nothing narrower
+            raise ValueError(f"{file} is not a tokenizer that the tokenizers package can read ({error})") from error
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        config = _read_json(folder / "tokenizer_config.json")
+
+        def token(key: str) -> str:
+            entry = config.get(key) or ""
+            return entry["content"] if isinstance(entry, dict) else entry
+
+        eos_ids: list[int] = []
+        for name in ("generation_config.json", "config.json"):
+            entry = _read_json(folder / name).get("eos_token_id")
+            eos_ids += entry if isinstance(entry, list) else [] if entry is None else [entry]
+        if (token_id := tokenizer.token_to_id(token("eos_token"))) is not None:
+            eos_ids.append(token_id)
+        template = config.get("chat_template")
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if (folder / "chat_template.jinja").is_file():
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return cls(tokenizer, eos_ids, token("bos_token"), token("eos_token"), template)
+
+    def encode(self, text: str, special: bool = True, bos: bool = True) -> list[int]:
+        """The token ids of `text`.
+
+        Args:
+          text: any string.
+          special: whether names of special tokens in the text, such as <|im_start|>, stand for these tokens. False for untrusted text.
+          bos: whether to begin with what the tokenizer puts before a text (for most models nothing). False for text that continues another.
+        """
+        self._tokenizer.encode_special_tokens = not special
+        ids = self._tokenizer.encode(text, add_special_tokens=bos).ids
+        # A chat template may have written the token that the tokenizer then adds.
+        return ids[1:] if self._bos_id is not None and ids[:2] == [self._bos_id] * 2 else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out. Bytes that are not UTF-8 become U+FFFD."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def stream_decoder(self) -> "StreamDecoder":
+        """A decoder for ids that arrive one by one."""
+        return StreamDecoder(self)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation in the model's own chat format.
+
+        Args:
+          messages: each has a "role" ("system", "user" or "assistant") and a "content".
+          add_generation_prompt: whether to end with the opening of the assistant's next turn.
+
+        Raises:
+          ValueError: the model has no chat template, or its template does not take these messages.
+        """
+        if self._chat_template is None:
+            raise ValueError("chat needs a chat template, and this model has none: use plain text (chat=False)")
+        for message in messages:
+            if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+                raise ValueError(f'chat messages are dicts with "role" and "content", not {message!r}')
+        # Templates come with the weights, from anywhere: they run in the sandbox.
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        )
+        environment.globals |= {"raise_exception": _raise_exception, "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
+        try:
+            template = environment.from_string(self._chat_template)
+            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._special)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the model's chat template does not take these messages: {error}") from error
+
+
+class StreamDecoder:
+    """Decodes ids that arrive one by one into pieces of text, whose sum is the text of all the ids.
+
+    A character may be spread over several tokens, so what is not yet complete UTF-8 is held back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._done = 0  # of _ids, how many have been given out; they stay as context, since some decoders treat the first token differently
+
+    def push(self, token_id: int) -> str:
+        """Takes the next id and returns the text that it completes: often none, "" then."""
+        self._ids.append(int(token_id))
+        text = self._pending()
+        if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._ids = self._ids[self._done :]
+        self._done = len(self._ids)
+        return text
+
+    def finish(self) -> str:
+        """What is still held back, incomplete characters as U+FFFD; then the decoder is as new."""
+        text = self._pending()
+        self._ids, self._done = [], 0
+        return text
+
+    def _pending(self) -> str:
+        return self._tokenizer.decode(self._ids)[len(self._tokenizer.decode(self._ids[: self._done])) :]
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content

@@ -1,0 +1,447 @@
+"""Generation under a budget: chunked prefill and decoding over the slot pool, each one compiled program.
+
+The host only feeds prompts in and takes generated tokens out, a piece of several at a time; nothing is read back for a single token, and no shape
+depends on the prompt. `Session` is one conversation; `generate` runs a batch of prompts.
+"""
+
+import dataclasses
+import functools
+import numbers
+import warnings
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retention import cache as cache_lib
+from retention import gates as gates_lib
+from retention import policies
+from retention.attention import Segments, segments_attention
+from retention.cache import Cache
+from retention.model import Config, Model, bind
+
+CHUNK = 256  # tokens that go through the layers at once, and the write buffer's length where prefill_chunk does not say
+PIECE = 16  # tokens decoded between two looks of the host
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that a compiled program depends on but shapes: hashable, one compilation each."""
+
+    config: Config
+    gate: gates_lib.GateConfig | None
+    policy: policies.Policy
+    scope: str
+    sinks: int
+    window: int
+
+    def evict(self, cache: Cache) -> Cache:
+        return cache_lib.select(cache, self.policy.score, self.scope, self.sinks, self.window, self.policy.floor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """kept_entries: live entries over all streams. capacity: the most that may stay, S*M. allocated_bytes: of this sequence's cache arrays.
+    seen_tokens: tokens appended and generated."""
+
+    kept_entries: int
+    capacity: int
+    allocated_bytes: int
+    seen_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """text without special tokens; tokens as generated, a stop token included; stats at the end."""
+
+    text: str
+    tokens: list[int]
+    stats: Stats
+
+
+def forward(plan: Plan, params: dict, gates: dict | None, cache: Cache, tokens: jax.Array, valid: jax.Array) -> tuple[jax.Array, Cache]:
+    """Feeds each sequence its next valid[b] of tokens [B,T]: they go to the buffer and attend to pool and buffer. Returns hidden [B,T,E], cache."""
+    config = plan.config
+    batch, length = tokens.shape
+    heads, slots, width = config.kv_heads, cache.keys.shape[1], cache.buffer_position.shape[1]
+    positions = cache.seen[:, None] + jnp.arange(length, dtype=jnp.int32)
+    row = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    head = jnp.arange(heads, dtype=jnp.int32)
+    # Query t sees the buffer up to itself; [B, H, T]
+    newest = jnp.broadcast_to((cache.buffered[:, None] + jnp.arange(1, length + 1))[:, None], (batch, heads, length))
+
+    def attend(cache, layer_input, q, k, v, h):
+        layer, gate = layer_input
+        log_beta = None if gate is None else gates_lib.log_beta(gate, h, heads)
+        stream = layer * heads + head
+        cache = cache_lib.write(cache, layer, k, v, plan.policy.stat(log_beta, positions, stream))
+        # The buffer as flat slots, [L*B*H*W, D]: a reshape, no copy.
+        flat = [x.reshape(-1, config.head_dim) for x in (cache.buffer_keys, cache.buffer_values)]
+        sources = [Segments(*flat, ((layer * batch + row) * heads + head) * width, newest)]
+        if slots:
+            start, end = cache.starts[row, stream], cache.starts[row, stream + 1]
+            limit = jnp.broadcast_to((end - start)[:, :, None], newest.shape)
+            flat = [x.reshape(-1, config.head_dim) for x in (cache.keys, cache.values)]
+            sources.insert(0, Segments(*flat, row * slots + start, limit))
+        return cache, segments_attention(q, sources), None
+
+    layer_gates = gates_lib.per_layer(gates, config, plan.gate) if plan.policy.gated else None
+    layer_inputs = (jnp.arange(config.layers, dtype=jnp.int32), layer_gates)
+    hidden, cache, _ = bind(config, params)(tokens, positions, attend, cache, layer_inputs)
+    return hidden, cache_lib.advance(cache, length, valid)
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "evict"), donate_argnames="cache")
+def prefill(plan: Plan, params, gates, cache: Cache, tokens, valid, logits, evict: bool) -> tuple[Cache, jax.Array]:
+    """One chunk: tokens [B,T], of which valid[b] count, then a selection if asked. logits [B,V] of the last token so far are carried along."""
+    hidden, cache = forward(plan, params, gates, cache, tokens, valid)
+    last = jnp.take_along_axis(hidden, jnp.maximum(valid - 1, 0)[:, None, None], axis=1)[:, 0]
+    logits = jnp.where(valid[:, None] > 0, bind(plan.config, params).logits(last), logits)
+    return (plan.evict(cache) if evict else cache), logits
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def evict(plan: Plan, cache: Cache) -> Cache:
+    return plan.evict(cache)
+
+
+def sample(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Next tokens [B] from logits [B,V]: the likeliest at temperature 0, else from the fewest tokens whose probabilities reach top_p."""
+
+    def draw(logits):
+        logits = logits / temperature
+        ranked = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+        before = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1) - jax.nn.softmax(ranked, axis=-1)
+        # The last rank that still begins below top_p; the first always does.
+        count = jnp.maximum(jnp.sum(before < top_p, axis=-1, keepdims=True), 1)
+        lowest = jnp.take_along_axis(ranked, count - 1, axis=-1)
+        return jax.vmap(jax.random.categorical)(keys, jnp.where(logits >= lowest, logits, -jnp.inf))
+
+    return jax.lax.cond(temperature > 0, draw, lambda logits: jnp.argmax(logits, axis=-1), logits).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "piece", "evicts"), donate_argnames="cache")
+def decode(plan: Plan, params, gates, cache: Cache, logits, done, keys, steps, temperature, top_p, stop, piece: int, evicts: bool):
+    """Decodes up to `steps` <= piece tokens per sequence, after a selection if the write buffer has no room for a piece.
+
+    A sequence ends with the first token in `stop`, which is fed too: the cache then holds the whole turn. Returns cache, logits, done [B] and tokens
+    [B, piece], -1 after a sequence's end.
+    """
+    width = cache.buffer_position.shape[1]
+    if evicts:
+        cache = jax.lax.cond(jnp.max(cache.buffered) + piece > width, plan.evict, lambda cache: cache, cache)
+
+    def step(state):
+        i, cache, logits, done, out = state
+        position_keys = jax.vmap(jax.random.fold_in)(keys, cache.seen)
+        token = sample(logits, position_keys, temperature, top_p)
+        active = ~done
+        out = out.at[:, i].set(jnp.where(active, token, -1))
+        hidden, cache = forward(plan, params, gates, cache, token[:, None], active.astype(jnp.int32))
+        logits = jnp.where(active[:, None], bind(plan.config, params).logits(hidden[:, 0]), logits)
+        return i + 1, cache, logits, done | jnp.isin(token, stop), out
+
+    def going(state):
+        return (state[0] < steps) & ~jnp.all(state[3])
+
+    out = jnp.full((logits.shape[0], piece), -1, jnp.int32)
+    _, cache, logits, done, out = jax.lax.while_loop(going, step, (0, cache, logits, done, out))
+    return cache, logits, done, out
+
+
+def check_budget(budget, sinks: int, window: int, floor: int) -> None:
+    """Raises ValueError for a budget that is no budget, or too small for what is protected."""
+    if budget is None:
+        return
+    if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
+        raise ValueError(f"budget must be a whole number of tokens per stream, a fraction in (0, 1] or None, got {budget!r}")
+    if isinstance(budget, numbers.Integral):
+        if budget < 1:
+            raise ValueError(f"budget must be at least 1 token per stream (or None for the full cache), got {budget}")
+    elif not 0 < budget <= 1:
+        raise ValueError(f"a fractional budget must be in (0, 1], got {budget}; for tokens per stream give a whole number")
+    if isinstance(budget, numbers.Integral):
+        check_protected(budget, sinks, window, floor)
+
+
+def check_protected(budget: int, sinks: int, window: int, floor: int) -> None:
+    if budget < sinks + window:
+        raise ValueError(f"budget {budget} is smaller than sinks + window = {sinks} + {window}, which are always kept; raise it or protect fewer")
+    if budget < floor:
+        raise ValueError(f"budget {budget} is smaller than the policy's floor of {floor} entries per stream; raise it or lower the floor")
+
+
+def roomy(tokens: int) -> int:
+    """tokens, rounded up by at most 1/16: sizes that follow the data then share compilations."""
+    step = max(1, 1 << max(0, tokens.bit_length() - 5))
+    return -(-tokens // step) * step
+
+
+class Rows:
+    """B sequences that run together, each under its own budget. What `Session` and `generate` share.
+
+    Between calls the write buffer is empty, unless nothing is ever evicted: then it is the full cache.
+    """
+
+    def __init__(self, model: Model, batch: int, budget, policy, scope: str, prefill_chunk: int | None, sinks: int | None, window: int | None):
+        policy = policies.get(policy) if isinstance(policy, str) else policy
+        if scope not in cache_lib.SCOPES:
+            raise ValueError(f"unknown scope {scope!r}: known are {', '.join(cache_lib.SCOPES)}")
+        for name, value in (("sinks", sinks), ("window", window)):
+            if value is not None and (not isinstance(value, numbers.Integral) or value < 0):
+                raise ValueError(f"{name} must be a whole number of tokens, 0 or more, or None for the policy's own, got {value!r}")
+        if prefill_chunk is not None and (not isinstance(prefill_chunk, numbers.Integral) or prefill_chunk < 1):
+            raise ValueError(f"prefill_chunk must be at least 1 token, or None for one-shot prefill, got {prefill_chunk!r}")
+        trained = model.gates
+        if sinks is None:
+            sinks = policy.sinks
+            if sinks is None:
+                sinks = trained.config.sinks if trained else 0
+        window = policy.window if window is None else window
+        check_budget(budget, sinks, window, policy.floor)
+        if policy.floor and scope != "global":
+            raise ValueError(f"a policy with a floor needs scope='global', got scope={scope!r}; the other scopes fix each share already")
+        # As many tokens as the model can use are the full cache.
+        whole = isinstance(budget, numbers.Integral) and budget >= model.config.max_positions
+        self.budget = None if policy.score is None or whole else budget
+        if self.budget is None:
+            policy = policies.get("full")
+        elif policy.gated and trained is None:
+            raise ValueError("this policy ranks by learned gates and the model has none: load it with gates='shipped' or the path of trained gates")
+        self.model, self.batch = model, batch
+        self.plan = Plan(model.config, trained.config if policy.gated else None, policy, scope, int(sinks), int(window))
+        self.gates = trained.params if policy.gated else None
+        self.one_shot = prefill_chunk is None
+        self.width = prefill_chunk or CHUNK
+        self.piece = min(PIECE, self.width)
+        self.cache: Cache | None = None
+        self.logits = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
+        self.most_seen = 0  # of any sequence, at most: what the host knows without asking the device
+        self.warned = False
+
+    @property
+    def evicts(self) -> bool:
+        return self.budget is not None
+
+    def _open(self, lengths: Sequence[int]) -> None:
+        """The cache, once the first prompts' lengths are known: a fraction is a fraction of them."""
+        config = self.model.config
+        if not self.evicts:
+            budgets, slots = [0] * self.batch, 0
+        elif isinstance(self.budget, numbers.Integral):
+            budgets = [int(self.budget)] * self.batch
+            slots = config.streams * int(self.budget)
+        else:
+            budgets = [max(1, int(self.budget * length)) for length in lengths]
+            for budget in budgets:
+                check_protected(budget, self.plan.sinks, self.plan.window, self.plan.policy.floor)
+            slots = config.streams * roomy(max(budgets))
+        self.cache = cache_lib.init(
+            config.layers, config.kv_heads, config.head_dim, budgets, slots, self.width, self.model.params["embed"].dtype
+        )
+
+    def _room(self, tokens: int) -> None:
+        """Makes the write buffer long enough for `tokens`."""
+        if tokens > self.cache.buffer_position.shape[1]:
+            self.cache = cache_lib.with_buffer(self.cache, roomy(tokens))
+
+    def _saw(self, tokens: int) -> None:
+        self.most_seen += tokens
+        trained_for = self.model.config.max_positions
+        if self.most_seen > trained_for and not self.warned:
+            self.warned = True
+            warnings.warn(f"{self.most_seen} tokens are beyond the {trained_for} that this model was trained for; answers may degrade", stacklevel=4)
+
+    def append(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Feeds each sequence its tokens, evicting after each chunk (one-shot: once, at the end)."""
+        lengths = [len(prompt) for prompt in prompts]
+        if self.cache is None:
+            self._open(lengths)
+        self._saw(max(lengths))
+        chunk = CHUNK if self.one_shot or not self.evicts else self.width
+        if not self.evicts:
+            self._room(self.most_seen + chunk)
+        elif self.one_shot:
+            self._room(max(lengths) + chunk)
+        for begin in range(0, max(lengths), chunk):
+            left = max(lengths) - begin
+            # The last chunk is cut to the next power of two: a short question should not cost a whole chunk.
+            size = min(chunk, max(32, 1 << (left - 1).bit_length()))
+            tokens = np.zeros((self.batch, size), np.int32)
+            valid = np.zeros(self.batch, np.int32)
+            for row, prompt in enumerate(prompts):
+                part = prompt[begin : begin + size]
+                tokens[row, : len(part)] = part
+                valid[row] = len(part)
+            last = left <= size
+            self.cache, self.logits = prefill(
+                self.plan, self.model.params, self.gates, self.cache, tokens, valid, self.logits, evict=self.evicts and (last or not self.one_shot)
+            )
+        if self.evicts and self.one_shot:
+            self.cache = cache_lib.with_buffer(self.cache, self.width)
+
+    def decode(self, max_new_tokens: int, temperature: float, top_p: float, seed: int, stop: Sequence[int]) -> Iterator[np.ndarray]:
+        """Yields [B, piece] tokens at a time, -1 past a sequence's end, until all have ended or have max_new_tokens."""
+        done = jnp.zeros(self.batch, bool)
+        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(self.batch))
+        stop = jnp.asarray(list(stop) or [-1], jnp.int32)
+        for begin in range(0, max_new_tokens, self.piece):
+            steps = min(self.piece, max_new_tokens - begin)
+            self._saw(steps)
+            if not self.evicts:
+                self._room(self.most_seen + 1)
+            self.cache, self.logits, done, tokens = decode(
+                self.plan, self.model.params, self.gates, self.cache, self.logits, done, keys, steps, temperature, top_p, stop,
+                piece=self.piece, evicts=self.evicts,
+            )
+            yield np.asarray(tokens)
+            if bool(done.all()):
+                break
+        if self.evicts:
+            self.cache = evict(self.plan, self.cache)
+
+    def stats(self, row: int) -> Stats:
+        streams = self.model.config.streams
+        if self.cache is None:
+            return Stats(0, 0, 0, 0)
+        width = self.cache.buffer_position.shape[1]
+        capacity = streams * (int(self.cache.budget[row]) if self.evicts else width)
+        kept = int(cache_lib.kept_entries(self.cache)[row])
+        return Stats(kept, capacity, cache_lib.allocated_bytes(self.cache) // self.batch, int(self.cache.seen[row]))
+
+
+def check_sampling(max_new_tokens, temperature, top_p) -> None:
+    if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+
+
+def encode(model: Model, text: str, name: str, chat: bool, first: bool) -> list[int]:
+    """Token ids of `text`, with what the tokenizer puts before a conversation if it is the `first`. An empty text is an error."""
+    if model.tokenizer is None:
+        raise ValueError("the model has no tokenizer; load it with retention.load to use text")
+    if not text:
+        raise ValueError(f"{name} is empty; give at least one character")
+    if chat:
+        text = model.tokenizer.chat([{"role": "user", "content": text}])
+    return model.tokenizer.encode(text, bos=first)
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[str],
+    budget: int | float | None = 256,
+    policy: str | policies.Policy = "retention",
+    scope: str = "global",
+    max_new_tokens: int = 64,
+    prefill_chunk: int | None = 256,
+    sinks: int | None = None,
+    window: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    top_p: float = 1.0,
+    chat: bool = False,
+) -> list[Generation]:
+    """Continues a batch of prompts of any lengths, each under its own budget.
+
+    Args:
+      prompts: texts, raw unless `chat`, which puts each into the model's chat template as a user's turn.
+      budget: M, tokens per stream on average (int); a fraction in (0, 1] of each prompt's tokens (float); None: the full cache. As many tokens as
+        the model was trained for, or more, are the full cache too.
+      policy: a name of retention.policies.names(), or a Policy; "full" never evicts. scope: "global", "layer", "head" or "shared".
+      prefill_chunk: tokens between evictions, in prefill and in decoding; None: one-shot prefill, then one eviction.
+      sinks, window: protected first and newest positions; None: the policy's own.
+      temperature: 0 is greedy. top_p: sampling keeps the fewest tokens that hold this probability.
+
+    Returns:
+      One Generation for each prompt.
+
+    Raises:
+      ValueError: an argument that cannot work, by name.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError("prompts must be a list of at least one text")
+    check_sampling(max_new_tokens, temperature, top_p)
+    rows = Rows(model, len(prompts), budget, policy, scope, prefill_chunk, sinks, window)
+    rows.append([encode(model, prompt, f"prompts[{i}]", chat, first=True) for i, prompt in enumerate(prompts)])
+    pieces = list(rows.decode(max_new_tokens, temperature, top_p, seed, model.tokenizer.eos_ids))
+    tokens = [[int(t) for t in row if t >= 0] for row in np.concatenate(pieces, axis=1)]
+    return [Generation(model.tokenizer.decode(row), row, rows.stats(i)) for i, row in enumerate(tokens)]
+
+
+class Session:
+    """One conversation under a budget: the cache is carried over turns. Arguments as in `generate`; a fraction is of the first append's tokens."""
+
+    def __init__(
+        self,
+        model: Model,
+        budget: int | float | None = 256,
+        policy: str | policies.Policy = "retention",
+        scope: str = "global",
+        prefill_chunk: int | None = 256,
+        sinks: int | None = None,
+        window: int | None = None,
+    ):
+        self._rows = Rows(model, 1, budget, policy, scope, prefill_chunk, sinks, window)
+
+    def append(self, text: str, chat: bool = False) -> None:
+        """Prefills `text` (as a user's turn of the chat template with `chat`) and ends with a selection: at most S*M entries are kept."""
+        self._rows.append([encode(self._rows.model, text, "text", chat, first=self._rows.cache is None)])
+
+    def stream(
+        self, text: str = "", max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, chat: bool = False
+    ) -> Iterator[str]:
+        """Appends `text`, if any, and yields the continuation in pieces as it is decoded. Returns the Generation (the generator's return value).
+
+        Abandoned midway, the session goes on from the last piece.
+        """
+        check_sampling(max_new_tokens, temperature, top_p)
+        if text:
+            self.append(text, chat)
+        elif self._rows.cache is None:
+            raise ValueError("text is empty and nothing was appended before; give a text to continue")
+        tokenizer = self._rows.model.tokenizer
+        decoder, tokens, written = tokenizer.stream_decoder(), [], []
+        for piece in self._rows.decode(max_new_tokens, temperature, top_p, seed, tokenizer.eos_ids):
+            new = [int(token) for token in piece[0] if token >= 0]
+            tokens += new
+            written.append("".join(decoder.push(token) for token in new))
+            yield written[-1]
+        written.append(decoder.finish())
+        yield written[-1]
+        return Generation("".join(written), tokens, self.stats)
+
+    def generate(
+        self, text: str = "", max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, chat: bool = False
+    ) -> Generation:
+        """Appends `text`, if any, and continues, until a stop token or max_new_tokens."""
+        pieces = self.stream(text, max_new_tokens, temperature, top_p, seed, chat)
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as end:
+                return end.value
+
+    def fork(self) -> "Session":
+        """A session with a copy of this one's cache: several questions can be asked of one context."""
+        other = object.__new__(Session)
+        other._rows = object.__new__(Rows)
+        other._rows.__dict__.update(self._rows.__dict__)
+        # Programs consume the cache they are given, so the two may not share arrays.
+        other._rows.cache = jax.tree.map(jnp.copy, self._rows.cache)
+        return other
+
+    def kept(self) -> list[list[np.ndarray]]:
+        """[layer][head] int arrays: the true positions kept, in order."""
+        config = self._rows.model.config
+        if self._rows.cache is None:
+            return [[np.zeros(0, np.int32) for _ in range(config.kv_heads)] for _ in range(config.layers)]
+        return cache_lib.kept_positions(self._rows.cache, 0)
+
+    @property
+    def stats(self) -> Stats:
+        return self._rows.stats(0)

@@ -1,0 +1,44 @@
+"""Learned retention (DBTrimKV, arXiv 2605.09649; with local gates and scope "head", TRIM-KV, arXiv 2512.03324).
+
+An entry written at position p with gate beta is worth beta^(t-p) at time t. METHOD section 4.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from retention.policies.base import Policy
+
+
+def log1mexp(x: jax.Array) -> jax.Array:
+    """log(1 - e^x) for x < 0, without cancellation at either end."""
+    near = x > -0.6931472
+    return jnp.where(near, jnp.log(-jnp.expm1(jnp.where(near, x, -1.0))), jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x))))
+
+
+def score(stat: jax.Array, position: jax.Array, seen: jax.Array, lookahead: int = 1) -> jax.Array:
+    """The log of what an entry will be worth; stat is log beta.
+
+    lookahead 1: at the next token, (seen - position) log beta. lookahead n > 1: summed over the n tokens after that one,
+    (seen + 1 - position) log beta + log(1 - beta^n) - log(1 - beta), which is log n at beta = 1.
+    """
+    if lookahead == 1:
+        return (seen - position) * stat
+    decays = stat < 0
+    log_beta = jnp.where(decays, stat, -1.0)
+    total = jnp.where(decays, log1mexp(lookahead * log_beta) - log1mexp(log_beta), jnp.log(float(lookahead)))
+    return (seen + 1 - position) * stat + total
+
+
+def stat(log_beta: jax.Array, position: jax.Array, stream: jax.Array) -> jax.Array:
+    return log_beta
+
+
+def policy(lookahead: int = 1, floor: int = 0) -> Policy:
+    """Raises ValueError for a lookahead below 1 or a negative floor."""
+    if lookahead < 1:
+        raise ValueError(f"lookahead must be at least 1 token, got {lookahead}")
+    if floor < 0:
+        raise ValueError(f"floor must be 0 or more entries per stream, got {floor}")
+    return Policy(score=functools.partial(score, lookahead=lookahead), stat=stat, gated=True, sinks=None, floor=floor)

@@ -1,0 +1,130 @@
+"""Haystack prose: loading, splitting at sentence ends, random windows, and pieces that fill a number of tokens.
+
+A document is a string of paragraphs without hard line breaks, joined by blank lines. A piece is one sentence with the white space before
+it, so that pieces concatenate to the text and, as tokenizers start a word at white space, their numbers of tokens add up to the text's
+(near enough to size it).
+"""
+
+import glob
+import os
+import re
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+Encode = Callable[[str], list[int]]
+
+_ABBREVIATION = r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\bMs)(?<!\b[A-Z])(?<!e\.g)(?<!i\.e)"
+_SENTENCE_END = re.compile(rf"{_ABBREVIATION}[.!?][\"'”’)\]]*(?=\s+[\"'“‘(\[]?[A-Z])|(?=\n\n)")
+_SPECIAL = re.compile(r"<\|\w+\|>")  # would be parsed as control tokens by a tokenizer
+_GLUED = re.compile(r"([a-z]{2}[.!?][\"”)]?)(?=[A-Z][a-z]*[ ,'’-])")  # "software.Not": paragraphs whose break was lost with the markup
+_NO_PROSE = ("::=", ">>>", "|", "+--", "***", "===", "---", "~~~")
+_WORD = re.compile(r"\s*\S+")
+
+
+def load(source: str) -> list[str]:
+    """Documents of one or several comma-separated sources: "pydoc" (the manual inside every CPython) or a path or glob of text files.
+
+    Raises FileNotFoundError where no file matches, ValueError where a source is empty or holds no prose.
+    """
+    documents = []
+    for name in (part.strip() for part in source.split(",")):
+        if not name:
+            raise ValueError(f'source {source!r} has an empty part; give "pydoc", a path or a glob such as "texts/*.txt", joined by commas')
+        if name == "pydoc":
+            from pydoc_data.topics import topics
+
+            found = [_prose(topics[topic]) for topic in sorted(topics)]
+        else:
+            paths = sorted(glob.glob(os.path.expanduser(name), recursive=True))
+            if not paths:
+                raise FileNotFoundError(f'no text file matches source {name!r}; give "pydoc", a path or a glob such as "texts/*.txt"')
+            found = []
+            for path in paths:
+                with open(path, encoding="utf-8", errors="replace") as file:
+                    found.append(_paragraphs(file.read()))
+        found = [text for text in found if text]
+        if not found:
+            raise ValueError(f"source {name!r} holds no text; give files with at least one paragraph of prose")
+        documents += found
+    return documents
+
+
+def _paragraphs(raw: str) -> str:
+    """Undoes hard line breaks: lines of a paragraph joined by one space, paragraphs by a blank line."""
+    raw = _GLUED.sub(r"\1\n\n", _SPECIAL.sub("", raw.replace("\r\n", "\n")))
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", raw) if paragraph.strip())
+
+
+def _prose(raw: str) -> str:
+    """The paragraphs of a manual page that read as prose: no grammar, code, tables, headings or underlines."""
+    kept = []
+    for paragraph in re.split(r"\n\s*\n", raw):
+        lines = [line for line in paragraph.split("\n") if line.strip()]
+        text = " ".join(paragraph.split())
+        code = any(mark in text for mark in _NO_PROSE) or not lines or lines[0].startswith("    ")
+        letters = sum(char.isalpha() or char == " " for char in text)
+        if not code and len(text) > 60 and text[-1] in ".!?:" and letters > 0.88 * len(text):
+            kept.append(text)
+    return _paragraphs("\n\n".join(kept))
+
+
+def sentences(text: str) -> list[str]:
+    """Pieces of `text`, one a sentence, each with the white space before it; their concatenation is `text`."""
+    ends = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
+    return [text[start:end] for start, end in zip(ends, ends[1:], strict=False) if end > start]
+
+
+def window(texts: list[str], rng: np.random.Generator, chars: int) -> str:
+    """At least `chars` contiguous characters that start at a random sentence, running on into the next texts where one ends.
+
+    A text is drawn in proportion to its length. The window ends with a text or in mid-sentence; `sentences` and `fit` make clean ends.
+    """
+    sizes = np.array([len(text) for text in texts])
+    at = int(rng.integers(sizes.sum()))
+    index = int(np.searchsorted(np.cumsum(sizes), at, side="right"))
+    text, offset = texts[index], at - int(sizes[:index].sum())
+    end = _SENTENCE_END.search(text, offset)
+    first = text[end.end() :].lstrip() if end else ""
+    parts = [first[:chars]] if first else []
+    while sum(map(len, parts)) < chars:
+        index = (index + 1) % len(texts)
+        parts.append(texts[index][:chars])
+    return "\n\n".join(parts)
+
+
+def fit(pieces: Iterable[str], encode: Encode, budget: int) -> list[str]:
+    """Leading `pieces`, at most `budget` tokens in all, and within a few of it where there are pieces enough.
+
+    The last one is shortened to its first words and closed by a full stop, so that the text ends at a sentence end. Each piece is encoded
+    once but for the last, whose length is found by bisection.
+    """
+    taken = []
+    for piece in pieces:
+        tokens = len(encode(piece))
+        if tokens <= budget:
+            taken.append(piece)
+            budget -= tokens
+            continue
+        words = _WORD.findall(piece)
+        low, high, best = 0, min(len(words) - 1, budget), ""
+        while low < high:
+            middle = (low + high + 1) // 2
+            cut = "".join(words[:middle]).rstrip(" ,;:-—.!?\"'“”‘’(") + "."
+            if len(encode(cut)) <= budget:
+                low, best = middle, cut
+            else:
+                high = middle - 1
+        return taken + [best] if best else taken
+    return taken
+
+
+def join(pieces: Iterable[str]) -> str:
+    """One text: no white space before the first piece, a space before one that brings none, a blank line after a piece of several lines."""
+    parts: list[str] = []
+    block = False
+    for piece in pieces:
+        bare = piece.lstrip()
+        parts.append(("\n\n" if block else piece[: len(piece) - len(bare)] or " ") + bare if parts else bare)
+        block = "\n" in bare
+    return "".join(parts)

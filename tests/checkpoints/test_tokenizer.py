@@ -1,0 +1,259 @@
+"""Tokenizers: small ones trained here, and the real one of SmolLM2-135M."""
+
+import json
+import re
+
+import gguf
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import models, trainers
+
+from retention.checkpoints import download
+from retention.checkpoints.tokenizer import PRE_TOKENIZERS, Tokenizer
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}\n"
+    "    {% if message['role'] == 'tool' %}\n{{ raise_exception('no tools here') }}{% endif %}\n"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}\n"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEXTS = ["The capital of France is Paris.", "", "  two  spaces\n\n\nand 12345 digits, don't", "naïve 日本語 🙂👩‍👩‍👧 \x00\t\r\n", "<think>"]
+
+
+def metadata(pre="smollm", **changes):
+    """GGUF metadata of a byte-level BPE trained on TEXTS, with one user-defined token."""
+    trained = tokenizers.Tokenizer(models.BPE())
+    trained.pre_tokenizer = PRE_TOKENIZERS["gpt-2"]()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False)
+    trained.train_from_iterator(TEXTS, trainer)
+    model = json.loads(trained.to_str())["model"]
+    tokens = [*sorted(model["vocab"], key=model["vocab"].get), "<think>"]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3 if token in SPECIAL else 4 if token == "<think>" else 1 for token in tokens],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in model["merges"]],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": TEMPLATE,
+    } | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+
+
+SMALL = Tokenizer.from_gguf(metadata())
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_round_trip(pre, text):
+    tokenizer = Tokenizer.from_gguf(metadata(pre))
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= token_id < tokenizer.vocab_size for token_id in ids)
+
+
+@pytest.mark.parametrize(
+    ("pre", "words"),
+    [
+        ("gpt-2", ["It", "'s", " 12345", " a", ",", "\n\n ", " B"]),
+        ("smollm", ["It", "'s", " ", "1", "2", "3", "4", "5", " a", ",", "\n\n ", " B"]),
+        ("llama-bpe", ["It", "'s", " ", "123", "45", " a", ",\n\n", " ", " B"]),
+        ("qwen2", ["It", "'s", " ", "1", "2", "3", "4", "5", " a", ",\n\n", " ", " B"]),
+    ],
+)
+def test_words(pre, words):
+    text = "It's 12345 a,\n\n  B"
+    pieces = [text[start:end] for _, (start, end) in PRE_TOKENIZERS[pre]().pre_tokenize_str(text)]
+    assert pieces == words
+
+
+def test_merges_stay_within_words():
+    everything = {"tokens": [*SPECIAL, "1", "2", "12"], "token_type": [3, 3, 3, 1, 1, 1], "merges": ["1 2"]}
+    assert Tokenizer.from_gguf(metadata("gpt-2", **everything)).encode("12") == [5]
+    assert Tokenizer.from_gguf(metadata("smollm", **everything)).encode("12") == [3, 4]
+
+
+def test_llama3_takes_whole_words_and_qwen2_normalises():
+    # "abc" is a token that no merge leads to.
+    vocabulary = {"tokens": [*SPECIAL, "a", "b", "c", "abc"], "token_type": [3, 3, 3, 1, 1, 1, 1], "merges": []}
+    assert Tokenizer.from_gguf(metadata("llama-bpe", **vocabulary)).encode("abc", bos=False) == [6]
+    assert Tokenizer.from_gguf(metadata("qwen2", **vocabulary)).encode("abc") == [3, 4, 5]
+    decomposed = "e\N{COMBINING ACUTE ACCENT}"
+    qwen = Tokenizer.from_gguf(metadata("qwen2"))
+    assert qwen.decode(qwen.encode(decomposed)) == "\N{LATIN SMALL LETTER E WITH ACUTE}"
+    assert SMALL.decode(SMALL.encode(decomposed)) == decomposed
+
+
+def test_special_tokens():
+    text = "<|im_start|>user\n<think>hi<|im_end|>"
+    ids = SMALL.encode(text)
+    assert (ids[0], ids[-1]) == (1, 2)
+    assert SMALL.vocab_size - 1 in ids  # <think>
+    assert SMALL.decode(ids) == "user\n<think>hi"
+    plain = SMALL.encode(text, special=False)
+    assert not {0, 1, 2} & set(plain)
+    assert SMALL.decode(plain) == text
+    assert SMALL.encode(text) == ids  # the choice is not remembered
+
+
+def test_eos_ids():
+    assert SMALL.eos_ids == (2, 0)
+    assert Tokenizer.from_gguf(metadata(eos_token_id=0)).eos_ids == (0,)
+    assert Tokenizer.from_gguf(metadata(eos_token_id=0, eot_token_id=2)).eos_ids == (0, 2)
+
+
+def test_bos():
+    assert SMALL.encode("hi")[0] != 1
+    tokenizer = Tokenizer.from_gguf(metadata(add_bos_token=True))
+    with_bos = tokenizer.encode("hi")
+    assert with_bos == [1, *SMALL.encode("hi")]
+    assert tokenizer.encode("hi", bos=False) == SMALL.encode("hi")
+    assert tokenizer.encode("<|im_start|>hi") == with_bos  # one is enough
+    llama = metadata("llama-bpe")
+    del llama["tokenizer.ggml.add_bos_token"]
+    assert Tokenizer.from_gguf(llama).encode("hi")[0] == 1
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, SMALL.vocab_size - 1), max_size=40))
+def test_streamed_pieces_sum_to_the_whole(ids):
+    decoder = SMALL.stream_decoder()
+    pieces = [decoder.push(token_id) for token_id in ids]
+    assert not any(piece.endswith("\N{REPLACEMENT CHARACTER}") for piece in pieces)
+    assert "".join(pieces) + decoder.finish() == SMALL.decode(ids)
+
+
+def test_streaming_holds_back_split_characters():
+    ids = Tokenizer.from_gguf(metadata(merges=[])).encode("a🙂é")
+    assert len(ids) == 1 + 4 + 2
+    decoder = SMALL.stream_decoder()
+    assert [decoder.push(token_id) for token_id in ids] == ["a", "", "", "", "🙂", "", "é"]
+    assert decoder.finish() == ""
+    assert [decoder.push(token_id) for token_id in ids[:3]] == ["a", "", ""]
+    assert decoder.finish() == "\N{REPLACEMENT CHARACTER}"
+    assert [decoder.push(token_id) for token_id in ids[5:]] == ["", "é"]
+
+
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi <b>"}]
+
+
+def test_chat():
+    expected = "<|im_start|><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi <b><|im_end|>\n"
+    assert SMALL.chat(MESSAGES, add_generation_prompt=False) == expected
+    assert SMALL.chat(MESSAGES) == expected + "<|im_start|>assistant\n"
+
+
+def with_template(template):
+    return Tokenizer.from_gguf(metadata() | {"tokenizer.chat_template": template})
+
+
+def test_chat_template_functions_and_sandbox():
+    assert re.fullmatch(r"\d{4}", with_template("{{ strftime_now('%Y') }}").chat(MESSAGES))
+    assert with_template("{{ bos_token }}{{ eos_token }}").chat(MESSAGES) == "<|im_start|><|im_end|>"
+    assert with_template("{% for m in messages %}{{ m.role }}{% break %}{% endfor %}").chat(MESSAGES) == "system"
+    for template in ("{{ messages.append(1) }}", "{{ ''.__class__.__mro__ }}", "{% if %}", "{{ messages[0].content + nothing.at.all }}"):
+        with pytest.raises(ValueError, match="chat template"):
+            with_template(template).chat(MESSAGES)
+
+
+def test_chat_refused():
+    with pytest.raises(ValueError, match="chat template does not take these messages: no tools here"):
+        SMALL.chat([{"role": "tool", "content": "3"}])
+    for message in ({"role": "user"}, "Hi"):
+        with pytest.raises(ValueError, match='dicts with "role" and "content"'):
+            SMALL.chat([message])
+    without = metadata()
+    del without["tokenizer.chat_template"]
+    with pytest.raises(ValueError, match="chat needs a chat template"):
+        Tokenizer.from_gguf(without).chat(MESSAGES)
+
+
+def test_gguf_refused():
+    with pytest.raises(NotImplementedError, match="'llama' is not supported; gpt2"):
+        Tokenizer.from_gguf(metadata(model="llama"))
+    with pytest.raises(NotImplementedError, match="'tekken' is not supported; gpt-2, default, smollm, llama-bpe, qwen2 are"):
+        Tokenizer.from_gguf(metadata("tekken"))
+    for key in ("model", "pre", "tokens", "token_type", "merges"):
+        partial = metadata()
+        del partial[f"tokenizer.ggml.{key}"]
+        with pytest.raises(ValueError, match=f"no tokenizer.ggml.{key}"):
+            Tokenizer.from_gguf(partial)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A Hugging Face folder of the same tokenizer as SMALL, one that pads and cuts when left to itself."""
+    own = tokenizers.Tokenizer.from_str(SMALL._tokenizer.to_str())
+    own.enable_padding(length=64)
+    own.enable_truncation(max_length=3)
+    own.save(str(tmp_path / "tokenizer.json"))
+    config = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>", "chat_template": TEMPLATE}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_folder(folder):
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.vocab_size == SMALL.vocab_size
+    assert tokenizer.eos_ids == (2, 0)
+    assert tokenizer.chat(MESSAGES) == SMALL.chat(MESSAGES)
+    for text in [*TEXTS, SMALL.chat(MESSAGES)]:
+        assert tokenizer.encode(text) == SMALL.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == SMALL.decode(SMALL.encode(text))
+
+
+def test_folder_without_tokenizer_config(folder):
+    (folder / "tokenizer_config.json").unlink()
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.eos_ids == (0,)
+    with pytest.raises(ValueError, match="chat needs a chat template"):
+        tokenizer.chat(MESSAGES)
+
+
+def test_folder_eos_and_templates(folder):
+    (folder / "config.json").write_text('{"eos_token_id": 7}')
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 2]}')
+    config = {"eos_token": None, "chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.eos_ids == (5, 2, 7, 0)
+    assert tokenizer.chat(MESSAGES) == "d"
+    (folder / "chat_template.jinja").write_text("from a file")
+    assert Tokenizer.from_folder(folder).chat(MESSAGES) == "from a file"
+
+
+def test_folder_refused(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no tokenizer.json in .*absent"):
+        Tokenizer.from_folder(tmp_path / "absent")
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match="generation_config.json is not valid JSON"):
+        Tokenizer.from_folder(folder)
+    (folder / "tokenizer.json").write_text('{"model": 3}')
+    with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
+        Tokenizer.from_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    reader = gguf.GGUFReader(download.smollm2_135m())
+    return Tokenizer.from_gguf({key: field.contents() for key, field in reader.fields.items()})
+
+
+def test_smollm2(smollm2):
+    assert smollm2.vocab_size == 49152
+    assert smollm2.eos_ids == (2, 0)
+    assert smollm2.encode("The capital of France is") == [504, 3575, 282, 4649, 314]
+    words = [smollm2.decode([token_id]) for token_id in smollm2.encode("Room 407, naïvely")]
+    assert words == ["Room", " ", "4", "0", "7", ",", " na", "ï", "vely"]
+    chat = smollm2.chat([{"role": "user", "content": "Hi"}])
+    assert chat.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    ids = smollm2.encode(chat)
+    assert (ids.count(1), ids.count(2)) == (3, 2)
+    for text in TEXTS:
+        assert smollm2.decode(smollm2.encode(text)) == text

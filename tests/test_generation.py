@@ -1,0 +1,326 @@
+"""Generation against its oracle: evicting equals the full cache masked at exactly the evicted entries, at every step."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from retention import generation, policies
+from retention.generation import Rows
+from retention.model import bind
+from tests.conftest import small_config, small_model
+
+
+def random_prompts(lengths, vocab=61, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, vocab, length).tolist() for length in lengths]
+
+
+def rows(model, batch, budget, policy="retention", scope="global", chunk=16, sinks=None, window=None):
+    return Rows(model, batch, budget, policy, scope, chunk, sinks, window)
+
+
+def kept(run, row):
+    return generation.cache_lib.kept_positions(run.cache, row)
+
+
+def masked_full_logits(model, tokens, visible):
+    """The oracle: one forward pass over the whole sequence, every query attending exactly to visible[layer, head, query, key]."""
+    config = model.config
+
+    def attend(carry, mask, q, k, v, h):
+        logits = jnp.einsum("BTHGD,BIHD->BHGTI", q, k) * config.head_dim**-0.5
+        weights = jax.nn.softmax(jnp.where(mask[None, :, None], logits, -jnp.inf), axis=-1)
+        return carry, jnp.einsum("BHGTI,BIHD->BTHGD", weights, v), None
+
+    decoder = bind(config, model.params)
+    tokens = jnp.asarray(tokens)[None]
+    hidden, _, _ = decoder(tokens, jnp.arange(tokens.shape[1])[None], attend, layer_inputs=jnp.asarray(visible))
+    return np.asarray(decoder.logits(hidden)[0])
+
+
+class Recorder:
+    """Runs Rows chunk by chunk and token by token, noting for every query which positions each stream held."""
+
+    def __init__(self, run, prompts, steps):
+        self.run, config = run, run.model.config
+        batch, total = len(prompts), max(map(len, prompts)) + steps
+        self.visible = np.zeros((batch, config.layers, config.kv_heads, total, total), bool)
+        self.tokens, self.logits = [list(prompt) for prompt in prompts], [[] for _ in prompts]
+        chunk = run.width
+        for begin in range(0, max(map(len, prompts)), chunk):
+            parts = [prompt[begin : begin + chunk] for prompt in prompts]
+            for row, part in enumerate(parts):
+                for query in range(begin, begin + len(part)):
+                    self.note(row, query, range(begin, query + 1))
+            run.append(parts)
+        run.piece = 1
+        self.evictions = 0
+        for piece in run.decode(steps, 0.0, 1.0, 0, stop=()):
+            for row in range(batch):
+                self.tokens[row].append(int(piece[row, 0]))
+                self.note(row, len(self.tokens[row]) - 1, ())
+                self.logits[row].append(np.asarray(run.logits[row]))
+
+    def note(self, row, query, extra):
+        if self.run.cache is not None:
+            for layer, heads in enumerate(kept(self.run, row)):
+                for head, positions in enumerate(heads):
+                    self.visible[row, layer, head, query, positions] = True
+        self.visible[row, :, :, query, list(extra)] = True
+
+
+SETTINGS = [
+    ("global", "retention", None, None),
+    ("global", "retention", 2, 3),
+    ("layer", "retention", None, None),
+    ("layer", "retention", 2, 3),
+    ("head", "retention", None, None),
+    ("head", "retention", 2, 3),
+    ("shared", "retention", None, None),
+    ("shared", "retention", 2, 3),
+    ("global", "window", None, None),
+    ("head", "random", None, None),
+    ("global", policies.retention.policy(lookahead=4, floor=3), 1, 0),
+]
+
+
+@pytest.mark.parametrize("scope, policy, sinks, window", SETTINGS)
+def test_evicting_equals_the_masked_full_cache_at_every_step(small, scope, policy, sinks, window):
+    prompts, steps = random_prompts([50, 33, 7]), 200
+    record = Recorder(rows(small, 3, 12, policy, scope, 16, sinks, window), prompts, steps)
+    for row, prompt in enumerate(prompts):
+        total = len(prompt) + steps
+        visible = record.visible[row, :, :, :total, :total]
+        # The mask must bite, or the oracle proves nothing.
+        assert visible[:, :, -1].sum() < small.config.streams * total / 4
+        expected = masked_full_logits(small, record.tokens[row], visible)[len(prompt) :]
+        difference = np.abs(np.stack(record.logits[row]) - expected).max()
+        assert difference <= 1e-5 * np.ptp(expected)
+        if sinks:
+            assert visible[:, :, -1, :sinks].all()
+        if window:
+            assert visible[:, :, -1, -window:].all()
+
+
+def test_evicted_entries_change_the_answer(small):
+    """Were eviction a mask that does nothing, the oracle above would pass: the budgeted logits must differ from the full cache's."""
+    prompt = random_prompts([80])
+    runs = [rows(small, 1, budget) for budget in (12, None)]
+    for run in runs:
+        run.append(prompt)
+    assert np.abs(runs[0].logits - runs[1].logits).max() > 1e-2
+
+
+def test_one_shot_equals_chunked_when_nothing_is_evicted(small):
+    prompts = random_prompts([70, 41])
+    full = small.logits(np.array([prompts[0]]))[0, -1]
+    for run in (rows(small, 2, None), rows(small, 2, 100, chunk=16), rows(small, 2, 100, chunk=None), rows(small, 2, 100, chunk=7)):
+        run.append(prompts)
+        np.testing.assert_allclose(run.logits[0], full, atol=2e-5)
+        assert [len(stream) for layer in kept(run, 1) for stream in layer] == [41] * small.config.streams
+
+
+@pytest.mark.parametrize("budget", [None, 12, 0.25])
+@pytest.mark.parametrize("scope", ["global", "shared"])
+def test_a_batch_equals_its_rows_alone(small, budget, scope):
+    prompts = random_prompts([50, 9, 33], seed=1)
+
+    def run(prompts):
+        r = rows(small, len(prompts), budget, scope=scope)
+        r.append(prompts)
+        tokens = np.concatenate(list(r.decode(40, 0.0, 1.0, 0, stop=(3, 17))), axis=1)
+        return r, [row[row >= 0].tolist() for row in tokens]
+
+    together, tokens = run(prompts)
+    assert len({len(row) for row in tokens}) > 1, "the rows should end at different times"
+    for i, prompt in enumerate(prompts):
+        alone, alone_tokens = run([prompt])
+        assert alone_tokens[0] == tokens[i]
+        assert together.stats(i).kept_entries == alone.stats(0).kept_entries
+        assert together.stats(i).seen_tokens == alone.stats(0).seen_tokens == len(prompt) + len(tokens[i])
+        for a, b in zip(sum(kept(together, i), []), sum(kept(alone, 0), []), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_positions_go_on_from_the_tokens_seen(small):
+    """The field's most repeated bug: after eviction the next position is what was seen, not what is kept."""
+    run = rows(small, 1, 12)
+    run.append(random_prompts([80]))
+    assert int(run.cache.seen[0]) == 80
+    run.append(random_prompts([1], seed=2))
+    assert max(int(stream.max()) for layer in kept(run, 0) for stream in layer) == 80
+
+
+def test_turns_equal_one_prompt_under_the_full_cache(small):
+    first, second = random_prompts([30, 25], seed=3)
+    turns, whole = rows(small, 1, None), rows(small, 1, None)
+    turns.append([first])
+    turns.append([second])
+    whole.append([first + second])
+    np.testing.assert_allclose(turns.logits, whole.logits, atol=2e-5)
+
+
+def test_the_decode_loop_compiles_once_whatever_the_prompt(small):
+    model = small_model(small_config(vocab_size=67))
+    before = generation.decode._cache_size()
+    for lengths, temperature, steps in ([5, 9], 0.0, 3), ([40, 64], 0.7, 40), ([100, 1], 0.0, 17):
+        run = rows(model, 2, 12)
+        run.append(random_prompts(lengths))
+        list(run.decode(steps, temperature, 0.9, 0, stop=()))
+    assert generation.decode._cache_size() == before + 1
+
+
+def test_prefill_compiles_once_for_each_chunk_length(small):
+    model = small_model(small_config(vocab_size=71))
+    before = generation.prefill._cache_size()
+    for length in (64, 256, 640):
+        run = rows(model, 1, 12, chunk=64)
+        run.append(random_prompts([length]))
+    assert generation.prefill._cache_size() == before + 1
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "head", "shared"])
+def test_live_entries_equal_the_budget(small, scope):
+    run = rows(small, 2, 12, scope=scope)
+    run.append(random_prompts([100, 5]))
+    streams = small.config.streams
+    assert run.stats(0).kept_entries == 12 * streams == run.stats(0).capacity
+    assert run.stats(1).kept_entries == 5 * streams
+    lengths = np.array([[len(stream) for stream in layer] for layer in kept(run, 0)])
+    if scope == "layer":
+        assert (lengths.sum(axis=1) == 12 * small.config.kv_heads).all()
+    if scope in ("head", "shared"):
+        assert (lengths == 12).all()
+    if scope == "global":
+        assert len(np.unique(lengths)) > 1, "a global budget should be shared unevenly"
+    if scope == "shared":
+        assert len({tuple(stream) for layer in kept(run, 0) for stream in layer}) == 1
+
+
+def test_floor_and_fraction(small):
+    run = rows(small, 2, 0.25, policies.retention.policy(floor=4))
+    run.append(random_prompts([100, 60]))
+    assert [run.stats(i).kept_entries for i in (0, 1)] == [25 * small.config.streams, 15 * small.config.streams]
+    assert min(len(stream) for layer in kept(run, 0) for stream in layer) >= 4
+
+
+def test_allocated_bytes_are_those_of_the_arrays(small):
+    for budget in (12, None):
+        run = rows(small, 2, budget)
+        run.append(random_prompts([100, 60]))
+        assert run.stats(0).allocated_bytes * 2 == sum(leaf.nbytes for leaf in jax.tree.leaves(run.cache))
+    # Memory follows the budget, not the context: S (M + W) entries of K, V, stat and position, and a few bytes of bookkeeping.
+    config, run = small.config, rows(small, 1, 12)
+    run.append(random_prompts([1000]))
+    entries = config.streams * (12 + 16)
+    assert run.stats(0).allocated_bytes <= 1.05 * entries * (2 * 4 * config.head_dim + 8)
+
+
+def test_bfloat16_cache_follows_the_model(small):
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), small.params)
+    model = dataclasses.replace(small, params=params)
+    run = rows(model, 1, 12)
+    run.append(random_prompts([100]))
+    assert run.cache.keys.dtype == jnp.bfloat16 and run.cache.stat.dtype == jnp.float32
+    expected = rows(small, 1, 12)
+    expected.append(random_prompts([100]))
+    assert np.corrcoef(run.logits[0], expected.logits[0])[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_other_head_groupings(group):
+    model = small_model(small_config(query_heads=2 * group, qk_norm=True, qkv_bias=True))
+    run = rows(model, 1, 100)
+    prompt = random_prompts([40])
+    run.append(prompt)
+    np.testing.assert_allclose(run.logits[0], model.logits(np.array(prompt))[0, -1], atol=2e-5)
+
+
+class TestSampling:
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+
+    def draw(self, temperature, top_p, count=2000):
+        keys = jax.random.split(jax.random.key(0), count)
+        tokens = generation.sample(jnp.tile(self.logits, (count, 1)), keys, jnp.float32(temperature), jnp.float32(top_p))
+        return np.bincount(tokens, minlength=4) / count
+
+    def test_greedy(self):
+        np.testing.assert_array_equal(self.draw(0.0, 1.0), [1, 0, 0, 0])
+
+    def test_temperature_one_follows_the_probabilities(self):
+        np.testing.assert_allclose(self.draw(1.0, 1.0), [0.5, 0.3, 0.15, 0.05], atol=0.04)
+
+    def test_top_p_keeps_the_fewest_tokens_that_reach_it(self):
+        np.testing.assert_allclose(self.draw(1.0, 0.7), [0.625, 0.375, 0, 0], atol=0.04)
+        np.testing.assert_array_equal(self.draw(1.0, 0.1), [1, 0, 0, 0])
+
+    def test_a_seed_repeats_and_another_differs(self, small):
+        def tokens(seed):
+            run = rows(small, 1, 12)
+            run.append(random_prompts([20]))
+            return np.concatenate(list(run.decode(20, 1.0, 1.0, seed, stop=())), axis=1).tolist()
+
+        assert tokens(1) == tokens(1) != tokens(2)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(budget=0), "budget must be at least 1"),
+        (dict(budget=-3), "budget must be at least 1"),
+        (dict(budget=1.5), "fractional budget must be in"),
+        (dict(budget=0.0), "fractional budget must be in"),
+        (dict(budget="many"), "budget must be a whole number"),
+        (dict(budget=True), "budget must be a whole number"),
+        (dict(budget=4, sinks=3, window=2), r"budget 4 is smaller than sinks \+ window"),
+        (dict(budget=3, policy="window"), r"budget 3 is smaller than sinks \+ window = 4 \+ 0"),
+        (dict(budget=2, policy=policies.retention.policy(floor=3)), "floor of 3"),
+        (dict(budget=8, scope="head", policy=policies.retention.policy(floor=3)), "scope='global'"),
+        (dict(budget=8, scope="globe"), "unknown scope 'globe': known are global"),
+        (dict(budget=8, policy="retension"), "did you mean retention"),
+        (dict(budget=8, sinks=-1), "sinks must be"),
+        (dict(budget=8, chunk=0), "prefill_chunk must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_named(small, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        rows(small, 1, **arguments)
+
+
+def test_retention_without_gates_is_refused(small):
+    bare = dataclasses.replace(small, gates=None)
+    with pytest.raises(ValueError, match="learned gates and the model has none"):
+        rows(bare, 1, 12)
+    rows(bare, 1, 12, "window")
+    rows(bare, 1, None)
+
+
+def test_a_budget_larger_than_the_context_is_the_full_cache(small):
+    run, full = rows(small, 1, 10**9), rows(small, 1, None)
+    for r in (run, full):
+        r.append(random_prompts([60]))
+    np.testing.assert_array_equal(run.logits, full.logits)
+    assert run.stats(0) == full.stats(0)
+
+
+def test_going_beyond_the_trained_length_warns_once():
+    run = rows(small_model(small_config(max_positions=50)), 1, 8)
+    with pytest.warns(UserWarning, match="beyond the 50") as caught:
+        run.append(random_prompts([40]))
+        run.append(random_prompts([40]))
+        run.append(random_prompts([40]))
+    assert len(caught) == 1
+
+
+def test_a_registered_policy_works_by_name(small):
+    policies.register("oldest", policies.Policy(score=lambda stat, position, seen: -1.0 * jnp.broadcast_to(position, stat.shape)))
+    run = rows(small, 1, 12, "oldest")
+    run.append(random_prompts([100]))
+    assert all(stream.tolist() == list(range(12)) for layer in kept(run, 0) for stream in layer)
+    with pytest.raises(ValueError, match="registered already"):
+        policies.register("oldest", policies.get("full"))
+    assert functools.reduce(lambda a, b: a and b in policies.names(), ("full", "oldest", "random", "retention", "window"), True)
