@@ -96,8 +96,8 @@ def segments_attention(q: jax.Array, sources: Sequence[Segments]) -> jax.Array:
                 index = begin - start + jnp.arange(block)
                 # [T, block]
                 visible = (index >= i * block) & (index < limit[:, None])
-                # Slots past the end may hold anything, NaN too, and 0 * NaN is NaN.
-                v = jnp.where((index < jnp.max(limit))[:, None], v, 0)
+                # Slots outside the segment may hold anything, NaN too, and 0 * NaN is NaN.
+                v = jnp.where(((index >= 0) & (index < jnp.max(limit)))[:, None], v, 0)
                 logits = jnp.einsum("ND,ID->NI", q, k, preferred_element_type=jnp.float32)
                 logits = jnp.where(jnp.tile(visible, (group, 1)), logits, -jnp.inf)
                 new_largest = jnp.maximum(largest, logits.max(axis=-1))

@@ -78,29 +78,35 @@ def with_buffer(cache: Cache, buffer: int) -> Cache:
     )
 
 
-def write(cache: Cache, layer: jax.Array, keys: jax.Array, values: jax.Array, stat: jax.Array) -> Cache:
-    """Puts one layer's T new tokens behind the buffered ones: keys, values [B,T,H,D], stat [B,T,H]. `advance` makes them count."""
-    # Head-major, as the buffer is: [B, H, T, D], [B, H, T]
-    new = [jnp.swapaxes(x, 1, 2) for x in (keys, values, stat)]
-    buffers = (cache.buffer_keys, cache.buffer_values, cache.buffer_stat)
+def append(cache: Cache, keys: jax.Array, values: jax.Array, stat: jax.Array, valid: jax.Array) -> Cache:
+    """Puts T new tokens of all layers behind the buffered ones: keys, values [L,B,T,H,D], stat [L,B,T,H].
 
-    def put_row(row, buffers):
-        def put(buffer, entries):
-            update = jax.lax.dynamic_index_in_dim(entries, row, keepdims=True)[None].astype(buffer.dtype)
-            return jax.lax.dynamic_update_slice(buffer, update, (layer, row, 0, cache.buffered[row]) + (0,) * (buffer.ndim - 4))
+    Of each sequence the first valid[b] count; the rest is padding, which the next append covers.
+    """
+    position = cache.seen[:, None] + jnp.arange(keys.shape[2], dtype=jnp.int32)
+    # Each field as the buffer has it, with the axis of sequences and that of tokens: [L, B, H, T, D], [L, B, H, T], [B, T]
+    fields = [
+        (cache.buffer_keys, jnp.swapaxes(keys, 2, 3), 1, 3),
+        (cache.buffer_values, jnp.swapaxes(values, 2, 3), 1, 3),
+        (cache.buffer_stat, jnp.swapaxes(stat, 2, 3), 1, 3),
+        (cache.buffer_position, position, 0, 1),
+    ]
 
-        return tuple(put(buffer, entries) for buffer, entries in zip(buffers, new, strict=True))
+    def put(buffer, new, batch_axis, token_axis):
+        def put_row(row, buffer):
+            update = jax.lax.dynamic_slice_in_dim(new, row, 1, batch_axis).astype(buffer.dtype)
+            place = [0] * buffer.ndim
+            place[batch_axis], place[token_axis] = row, cache.buffered[row]
+            return jax.lax.dynamic_update_slice(buffer, update, place)
 
-    buffers = jax.lax.fori_loop(0, keys.shape[0], put_row, buffers)
-    return cache._replace(buffer_keys=buffers[0], buffer_values=buffers[1], buffer_stat=buffers[2])
+        return jax.lax.fori_loop(0, position.shape[0], put_row, buffer)
 
-
-def advance(cache: Cache, tokens: int, valid: jax.Array) -> Cache:
-    """Counts the first valid[b] of the `tokens` just written in every layer; the rest is padding, and the next write covers it."""
-    new = cache.seen[:, None] + jnp.arange(tokens, dtype=jnp.int32)
-    put = jax.vmap(lambda row, entries, start: jax.lax.dynamic_update_slice(row, entries, (start,)))
+    buffers = [put(*field) for field in fields]
     return cache._replace(
-        buffer_position=put(cache.buffer_position, new, cache.buffered),
+        buffer_keys=buffers[0],
+        buffer_values=buffers[1],
+        buffer_stat=buffers[2],
+        buffer_position=buffers[3],
         buffered=cache.buffered + valid,
         seen=cache.seen + valid,
     )
@@ -108,7 +114,8 @@ def advance(cache: Cache, tokens: int, valid: jax.Array) -> Cache:
 
 def ordered_keys(score: jax.Array, valid: jax.Array, protected: jax.Array) -> jax.Array:
     """int32 keys that sort as the float32 scores do: -0.0 as +0.0, NaN as -inf; what is not valid below them all, what is protected above."""
-    score = jnp.where(jnp.isnan(score), -jnp.inf, score.astype(jnp.float32)) + 0.0
+    # (Adding 0.0 would turn -0.0 into +0.0 too, but not under jit, where XLA takes the sum for its first term.)
+    score = jnp.where(jnp.isnan(score), -jnp.inf, jnp.where(score == 0, 0.0, score.astype(jnp.float32)))
     bits = jax.lax.bitcast_convert_type(score, jnp.int32)
     keys = jnp.where(bits < 0, bits ^ HIGHEST, bits)
     return jnp.where(valid, jnp.where(protected, HIGHEST, keys), LOWEST)

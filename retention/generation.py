@@ -61,35 +61,39 @@ class Generation:
 
 
 def forward(plan: Plan, params: dict, gates: dict | None, cache: Cache, tokens: jax.Array, valid: jax.Array) -> tuple[jax.Array, Cache]:
-    """Feeds each sequence its next valid[b] of tokens [B,T]: they go to the buffer and attend to pool and buffer. Returns hidden [B,T,E], cache."""
+    """Feeds each sequence its next valid[b] of tokens [B,T], which attend to pool, buffer and themselves. Returns hidden [B,T,E] and the new cache."""
     config = plan.config
     batch, length = tokens.shape
     heads, slots, width = config.kv_heads, cache.keys.shape[1], cache.buffer_position.shape[1]
     positions = cache.seen[:, None] + jnp.arange(length, dtype=jnp.int32)
     row = jnp.arange(batch, dtype=jnp.int32)[:, None]
     head = jnp.arange(heads, dtype=jnp.int32)
-    # Query t sees the buffer up to itself; [B, H, T]
-    newest = jnp.broadcast_to((cache.buffered[:, None] + jnp.arange(1, length + 1))[:, None], (batch, heads, length))
+    shape = (batch, heads, length)
+    # The cache as flat slots: reshapes, no copies. The layers only read it, and the new entries join it once, after the last: an array that a loop both
+    # carries and reads piecewise is one that XLA copies in every round.
+    pool = [x.reshape(-1, config.head_dim) for x in (cache.keys, cache.values)]
+    buffer = [x.reshape(-1, config.head_dim) for x in (cache.buffer_keys, cache.buffer_values)]
+    buffered = jnp.broadcast_to(cache.buffered[:, None, None], shape)
+    themselves = jnp.broadcast_to(jnp.arange(1, length + 1), shape)
 
-    def attend(cache, layer_input, q, k, v, h):
+    def attend(carry, layer_input, q, k, v, h):
         layer, gate = layer_input
         log_beta = None if gate is None else gates_lib.log_beta(gate, h, heads)
         stream = layer * heads + head
-        cache = cache_lib.write(cache, layer, k, v, plan.policy.stat(log_beta, positions, stream))
-        # The buffer as flat slots, [L*B*H*W, D]: a reshape, no copy.
-        flat = [x.reshape(-1, config.head_dim) for x in (cache.buffer_keys, cache.buffer_values)]
-        sources = [Segments(*flat, ((layer * batch + row) * heads + head) * width, newest)]
+        new = [jnp.swapaxes(x, 1, 2).reshape(-1, config.head_dim) for x in (k, v)]
+        sources = [
+            Segments(*buffer, ((layer * batch + row) * heads + head) * width, buffered),
+            Segments(*new, (row * heads + head) * length, themselves),
+        ]
         if slots:
             start, end = cache.starts[row, stream], cache.starts[row, stream + 1]
-            limit = jnp.broadcast_to((end - start)[:, :, None], newest.shape)
-            flat = [x.reshape(-1, config.head_dim) for x in (cache.keys, cache.values)]
-            sources.insert(0, Segments(*flat, row * slots + start, limit))
-        return cache, segments_attention(q, sources), None
+            sources.insert(0, Segments(*pool, row * slots + start, jnp.broadcast_to((end - start)[:, :, None], shape)))
+        return carry, segments_attention(q, sources), (k, v, plan.policy.stat(log_beta, positions, stream))
 
     layer_gates = gates_lib.per_layer(gates, config, plan.gate) if plan.policy.gated else None
     layer_inputs = (jnp.arange(config.layers, dtype=jnp.int32), layer_gates)
-    hidden, cache, _ = bind(config, params)(tokens, positions, attend, cache, layer_inputs)
-    return hidden, cache_lib.advance(cache, length, valid)
+    hidden, _, new = bind(config, params)(tokens, positions, attend, layer_inputs=layer_inputs)
+    return hidden, cache_lib.append(cache, *new, valid)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "evict"), donate_argnames="cache")

@@ -37,10 +37,14 @@ class RunFolder:
         """Replaces metrics.jsonl, when a resumed run starts before the last record."""
         (self.path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
+    def log_all(self, records: list[dict]) -> None:
+        """Appends records to metrics.jsonl in one write."""
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+
     def log(self, **record) -> None:
         """Appends one record to metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+        self.log_all([record])
 
     def finish(self, **facts) -> dict:
         """Writes and returns run_meta.json: commit, versions, device, seconds, and the facts given (seed, ...)."""

@@ -47,4 +47,4 @@ def load(path: str | pathlib.Path, config: Config) -> gates.TrainedGates:
     for name, leaf in params.items():
         if not np.isfinite(leaf).all():
             raise ValueError(f"the gates in {path} hold NaN or infinity in {name!r}; train them again or use another file")
-    return gates.TrainedGates(gate, jax.tree.map(jax.numpy.asarray, params), record)
+    return gates.TrainedGates(gate, {name: jax.numpy.asarray(leaf, jax.numpy.float32) for name, leaf in params.items()}, record)

@@ -1,6 +1,6 @@
 """Held-out retrieval tasks: facts planted in prose, asked for after the context has been compressed.
 
-Word lists and phrasings have nothing in common with those the gates are trained on (retention/training/documents.py).
+Word lists and phrasings have nothing in common with those the gates are trained on (retention/training/words.py, families.py).
 
   needle   one five-digit number, planted at depths stratified over the samples; one question
   needle4  four keys with different five-digit numbers in the same words, so that the key matters; four questions
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from retention.training import text
-from retention.training.documents import ASK, SYSTEM, USER, pick
+from retention.training.documents import ASK, SYSTEM, USER
+from retention.training.words import pick
 
 FIRST = (
     "Agatha Benedict Cornelia Desmond Ottilie Fergus Rowena Humphrey Isadora Jasper Kirsten Leopold Miranda Nathaniel Ophelia "

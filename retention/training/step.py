@@ -21,7 +21,12 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(config, steps: int) -> optax.GradientTransformation:
-    """AdamW, warm-up and cosine over `steps`, from a config's `optimizer` section. The readout's bias does not decay: it sets the level."""
+    """AdamW, warm-up and cosine over `steps`, from a config's `optimizer` section. The readout's bias does not decay: it sets the level.
+
+    Raises ValueError for steps that the warm-up would use up.
+    """
+    if steps <= config.warmup_steps:
+        raise ValueError(f"steps must be more than optimizer.warmup_steps, {config.warmup_steps}, not {steps}")
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup_steps, steps, config.learning_rate * config.final_fraction
     )
@@ -106,7 +111,7 @@ def make_step(config: Config, gate: gates_lib.GateConfig, optimizer: optax.Gradi
     def step(state: TrainState, params: dict, batch: dict, key: jax.Array):
         gradient, measurements = jax.grad(loss_fn, has_aux=True)(state.params, params, batch, jax.random.fold_in(key, state.step))
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
-        measurements["gradient_norm"] = optax.global_norm(gradient)
+        measurements["gradient_norm"] = optax.tree.norm(gradient)
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state), measurements
 
     return step

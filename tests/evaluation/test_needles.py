@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from retention.evaluation import needles
-from retention.training import documents, text
+from retention.training import text
 from retention.training.documents import SYSTEM, USER
+from retention.training.families import FAMILIES
+from retention.training.words import WORDS
 
 TOKEN = re.compile(r"<\|\w+\|>|\s?\w+|\s?[^\w\s]|\s")
 
@@ -68,10 +70,9 @@ def _frames(strings):
 
 def test_phrasings_are_held_out():
     kinds = [needles.NUMBER, *needles.FACTS.values()]
-    families = documents.FAMILIES.values()
     for part in ("statements", "questions"):
         held_out = _frames(one for kind in kinds for one in getattr(kind, part))
-        trained = _frames(one for family in families for one in getattr(family, part))
+        trained = _frames(one for family in FAMILIES.values() for one in getattr(family, part))
         assert len(held_out) >= 10 and not held_out & trained
 
 
@@ -79,7 +80,7 @@ def test_words_are_held_out():
     lists = [needles.FIRST, needles.LAST, needles.CITIES, needles.ADJECTIVES, needles.OBJECTS, needles.GROUPS, needles.THINGS]
     lists += [needles.PLACES, needles.SITES, needles.PRIZES, needles.REASONS]
     held_out = {entry.lower() for words in lists for entry in words}
-    trained = {entry.lower() for words in documents.WORDS.values() for entry in words}
+    trained = {entry.lower() for words in WORDS.values() for entry in words}
     assert not held_out & trained
 
     def content(entries):

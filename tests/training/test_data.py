@@ -6,7 +6,7 @@ import grain
 import numpy as np
 import pytest
 
-from retention.training import data, documents, text
+from retention.training import data, documents, families, text
 
 TOKEN = re.compile(r"<\|\w+\|>|\s?\w+|\s?[^\w\s]|\s")
 NAMES: list[str] = ["pad"]
@@ -96,9 +96,9 @@ def test_join():
 
 
 def test_enough_phrasings():
-    statements = [one for family in documents.FAMILIES.values() for one in family.statements]
+    statements = [one for family in families.FAMILIES.values() for one in family.statements]
     assert len(set(statements)) >= 60
-    for name, family in documents.FAMILIES.items():
+    for name, family in families.FAMILIES.items():
         assert len(family.statements) >= 4 and len(family.questions) >= 3, name
         assert all("{v}" in one and "{k}" in one for one in family.statements), name
         assert all("{k}" in one and "{v}" not in one for one in family.questions), name

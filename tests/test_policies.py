@@ -1,0 +1,141 @@
+"""What each policy stores and how it ranks, against the formulas in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from retention import policies
+
+LOG_BETA = np.array([0.0, -1e-30, -1.5e-8, -1e-6, -1e-3, -0.1, -0.693, -0.694, -3.0, -20.0, -87.0, -400.0], np.float32)
+POSITION = np.array([0, 1, 500, 999])
+
+
+def grid(lookahead, seen=1000):
+    """Scores [position, log beta] as the policy's compiled score gives them."""
+    score = policies.retention.policy(lookahead=lookahead).score
+    stat, position = np.meshgrid(LOG_BETA, POSITION)
+    return np.asarray(jax.jit(score)(jnp.asarray(stat), jnp.asarray(position, jnp.int32), jnp.int32(seen)))
+
+
+def test_retention_at_the_next_token():
+    """METHOD section 4: s = (q - pos) log beta, q the next token's position."""
+    expected = (1000.0 - POSITION[:, None]) * LOG_BETA.astype(np.float64)
+    np.testing.assert_allclose(grid(1), expected, rtol=1e-6)
+    # beta = 1 keeps for ever: nothing scores higher, at any age.
+    assert (grid(1)[:, 0] == 0).all() and (grid(1)[:, 1:] < 0).all()
+
+
+@pytest.mark.parametrize("lookahead", [2, 7, 512, 100_000])
+def test_retention_over_the_next_n_tokens(lookahead):
+    """s = (q + 1 - pos) log beta + log(1 - beta^n) - log(1 - beta), log n at beta = 1, which is the sum of beta^(q+1-pos .. q+n-pos)."""
+    log_beta = LOG_BETA[1:].astype(np.float64)
+    total = np.log(-np.expm1(lookahead * log_beta)) - np.log(-np.expm1(log_beta))
+    expected = np.concatenate([[np.log(lookahead)], total]) + (1001.0 - POSITION[:, None]) * LOG_BETA
+    assert np.isfinite(expected).all()
+    # The two logarithms are about 70 at the smallest log beta, and float32 keeps their difference to 1e-5 of that.
+    np.testing.assert_allclose(grid(lookahead), expected, rtol=2e-6, atol=2e-5)
+    # No cancellation where beta is near 1: log n is approached from below and never passed by more than rounding.
+    np.testing.assert_allclose(grid(lookahead)[3, :3], np.log(lookahead), atol=2e-2)
+
+
+@pytest.mark.parametrize("lookahead", [2, 33])
+def test_lookahead_is_a_sum_of_retentions(lookahead):
+    ages = 1001.0 - POSITION[:, None, None] + np.arange(lookahead)
+    with np.errstate(divide="ignore"):
+        expected = np.log(np.exp(ages * LOG_BETA.astype(np.float64)[:, None]).sum(axis=-1))
+    # Where the sum underflows even float64 its logarithm is no reference.
+    there = np.isfinite(expected) & (expected > -700)
+    assert there.sum() > there.size / 2
+    np.testing.assert_allclose(grid(lookahead)[there], expected[there], rtol=2e-6, atol=2e-5)
+
+
+def test_scores_fall_with_age_and_rise_with_beta():
+    for lookahead in (1, 4):
+        scores = grid(lookahead)
+        assert (np.diff(scores, axis=1) <= 1e-5).all()
+        assert (np.diff(scores[:, 3:], axis=0) > 0).all(), "of two entries with the same beta the newer is worth more"
+
+
+def test_retention_stores_log_beta_and_is_gated():
+    policy = policies.get("retention")
+    log_beta = jnp.full((1, 2, 3), -0.5)
+    np.testing.assert_array_equal(policy.stat(log_beta, jnp.zeros((1, 2), jnp.int32), jnp.arange(3)), log_beta)
+    assert policy.gated and policy.sinks is None and policy.window == 0 and policy.floor == 0
+
+
+@pytest.mark.parametrize("arguments, message", [(dict(lookahead=0), "lookahead must be at least 1"), (dict(floor=-1), "floor must be 0 or more")])
+def test_retention_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        policies.retention.policy(**arguments)
+
+
+def test_window_keeps_sinks_and_the_newest():
+    policy = policies.get("window")
+    position = jnp.asarray(np.random.default_rng(0).permutation(100))
+    scores = np.asarray(policy.score(jnp.zeros(100), position, 100))
+    # Ranked as the cache ranks: the sinks are protected, then the best.
+    order = sorted(range(100), key=lambda i: (position[i] >= policy.sinks, -scores[i]))
+    assert sorted(int(position[i]) for i in order[:12]) == [0, 1, 2, 3, *range(92, 100)]
+    assert policies.window.policy(sinks=2).sinks == 2 and not policy.gated
+    # The order is exact far beyond any context.
+    far = policy.score(jnp.zeros(3), jnp.array([2**24 - 2, 2**24 - 1, 2**24]), 2**24 + 1)
+    assert (np.diff(far) > 0).all()
+
+
+def random_stat(position, stream, seed=0):
+    return np.asarray(policies.random.policy(seed).stat(None, jnp.asarray(position, jnp.int32), jnp.asarray(stream, jnp.int32)))
+
+
+def test_random_depends_on_stream_and_position_alone():
+    """Not on the batch row, the neighbours, or what is written together with it: the same entry draws the same number."""
+    whole = random_stat(np.arange(64)[None], np.arange(6))
+    assert whole.shape == (1, 64, 6) and whole.dtype == np.float32
+    np.testing.assert_array_equal(whole, random_stat(np.arange(64)[None], np.arange(6)))
+    rows = random_stat([[5, 6], [60, 61], [5, 6]], [4, 1])
+    np.testing.assert_array_equal(rows[0], rows[2])
+    np.testing.assert_array_equal(rows[0], whole[0, 5:7][:, [4, 1]])
+    np.testing.assert_array_equal(rows[1], whole[0, 60:62][:, [4, 1]])
+    assert not np.array_equal(whole, random_stat(np.arange(64)[None], np.arange(6), seed=1))
+    # The score is the number drawn at the writing, whatever the time.
+    score = policies.get("random").score
+    np.testing.assert_array_equal(score(whole, 0, 64), score(whole, 0, 10**6))
+
+
+def test_random_is_uniform_and_independent():
+    draws = random_stat(np.arange(4096)[None], np.arange(32))[0]
+    assert (draws >= 0).all() and (draws < 1).all()
+    # 131,072 draws in 16 bins: the chi-squared statistic has 15 degrees of freedom, and 45 is its 1 in 10,000.
+    counts = np.bincount((draws * 16).astype(int).ravel(), minlength=16)
+    assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 45
+    # Neighbouring positions, positions in order, and streams: correlations of 4096 independent pairs have a deviation of 1/64.
+    assert np.abs(np.corrcoef(draws, rowvar=False) - np.eye(32)).max() < 5 / 64
+    assert max(abs(np.corrcoef(draws[:-1, s], draws[1:, s])[0, 1]) for s in range(32)) < 5 / 64
+    assert max(abs(np.corrcoef(np.arange(4096), draws[:, s])[0, 1]) for s in range(32)) < 5 / 64
+    assert len(np.unique(draws)) > 0.99 * draws.size
+
+
+def test_registry(monkeypatch):
+    monkeypatch.setattr(policies, "_REGISTRY", dict(policies._REGISTRY))
+    assert policies.names() == sorted(policies.names()) and {"full", "random", "retention", "window"} <= set(policies.names())
+    assert policies.get("full").score is None
+    mine = policies.Policy(score=lambda stat, position, seen: stat)
+    policies.register("mine", mine)
+    assert policies.get("mine") is mine and "mine" in policies.names()
+    with pytest.raises(ValueError, match="policy 'mine' is registered already; choose another name"):
+        policies.register("mine", policies.get("full"))
+    assert policies.get("mine") is mine
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("retension", "unknown policy 'retension': did you mean retention\\? known are .*random, retention, window"),
+        ("windows", "did you mean window\\?"),
+        ("xyz", "unknown policy 'xyz': known are full, "),
+        ("", "unknown policy '': known are full, "),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(name, message):
+    with pytest.raises(ValueError, match=message):
+        policies.get(name)
