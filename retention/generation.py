@@ -61,7 +61,7 @@ class Generation:
 
 
 def forward(plan: Plan, params: dict, gates: dict | None, cache: Cache, tokens: jax.Array, valid: jax.Array) -> tuple[jax.Array, Cache]:
-    """Feeds each sequence its next valid[b] of tokens [B,T], which attend to pool, buffer and themselves. Returns hidden [B,T,E] and the new cache."""
+    """Feeds each sequence its next valid[b] of tokens [B,T]; they attend to pool, buffer and themselves. Returns hidden [B,T,E] and the new cache."""
     config = plan.config
     batch, length = tokens.shape
     heads, slots, width = config.kv_heads, cache.keys.shape[1], cache.buffer_position.shape[1]
@@ -69,8 +69,8 @@ def forward(plan: Plan, params: dict, gates: dict | None, cache: Cache, tokens: 
     row = jnp.arange(batch, dtype=jnp.int32)[:, None]
     head = jnp.arange(heads, dtype=jnp.int32)
     shape = (batch, heads, length)
-    # The cache as flat slots: reshapes, no copies. The layers only read it, and the new entries join it once, after the last: an array that a loop both
-    # carries and reads piecewise is one that XLA copies in every round.
+    # The cache as flat slots: reshapes, no copies. The layers only read it, and the new entries join it once, after the last: an array that a loop
+    # both writes and reads piecewise is one that XLA copies in every round.
     pool = [x.reshape(-1, config.head_dim) for x in (cache.keys, cache.values)]
     buffer = [x.reshape(-1, config.head_dim) for x in (cache.buffer_keys, cache.buffer_values)]
     buffered = jnp.broadcast_to(cache.buffered[:, None, None], shape)
