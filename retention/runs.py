@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 class RunFolder:
     """Opens `workdir` for a run, or goes on with the run that is in it.
 
-    Raises ValueError if the folder holds a run with another config.
+    Raises ValueError if the folder holds a run with another config. One that has logged nothing yet does not count, for what failed at the
+    start is started again with a corrected config.
     """
 
     def __init__(self, workdir: str | pathlib.Path, config: ConfigDict):
@@ -23,19 +24,23 @@ class RunFolder:
         self._start = time.time()
         text = json.dumps(config.to_dict(), indent=2)
         file = self.path / "config.json"
-        if file.exists() and file.read_text() != text:
-            raise ValueError(f"workdir {self.path} holds a run with another config ({file}); give a new --workdir, or that config")
-        file.write_text(text)
+        if not file.exists() or file.read_text() != text:
+            if self.metrics():
+                raise ValueError(f"workdir {self.path} holds a run with another config (config.json); give a new workdir, or that config")
+            file.write_text(text)
+        self.keep_metrics(self.metrics())  # without a last line cut off by a crash, to which the next record would be glued
 
     def metrics(self) -> list[dict]:
-        """The records of metrics.jsonl; a last line cut off by a crash is left out."""
+        """The records of metrics.jsonl."""
         file = self.path / "metrics.jsonl"
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def keep_metrics(self, records: list[dict]) -> None:
         """Replaces metrics.jsonl, when a resumed run starts before the last record."""
-        (self.path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        kept = self.path / "metrics.jsonl.kept"
+        kept.write_text("".join(json.dumps(record) + "\n" for record in records))
+        kept.replace(self.path / "metrics.jsonl")
 
     def log_all(self, records: list[dict]) -> None:
         """Appends records to metrics.jsonl in one write."""

@@ -101,12 +101,7 @@ def select(cache, scope, sinks=0, window=0, floor=0):
     return cache_lib.select(cache, by_stat, scope, sinks, window, floor)
 
 
-@jax.jit
-def append(cache, keys, values, stat, valid):
-    """keys, values [L,B,T,H,D], stat [L,B,T,H]."""
-    for layer in range(L):
-        cache = cache_lib.write(cache, layer, keys[layer], values[layer], stat[layer])
-    return cache_lib.advance(cache, T, valid)
+append = jax.jit(cache_lib.append)
 
 
 def entries(seen, stat, valid):
@@ -211,7 +206,8 @@ def assert_equal(cache, lists):
 def fill(seed, levels, budgets, rounds, scope, check, **options):
     """Runs appends and selections on the cache and on lists; rounds[i] is (valid, valid), two appends for each sequence before a selection."""
     random = np.random.default_rng(seed)
-    cache = cache_lib.init(L, H, D, budgets, S * MOST, W)
+    # Three slots more than are ever used: a full pool's last group is followed by dead ones.
+    cache = cache_lib.init(L, H, D, budgets, S * MOST + 3, W)
     lists = [Lists(budget) for budget in budgets]
     for appends in rounds:
         for valid in appends:

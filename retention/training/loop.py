@@ -1,12 +1,13 @@
 """The training loop: data, steps, metrics, checkpoints that resume exactly, and the gates file at the end."""
 
+import dataclasses
 import functools
+import math
 import pathlib
 import time
 
 import grain
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -21,16 +22,23 @@ from retention.training.step import gate_input_rms, init_state, make_optimizer, 
 def train(config: ConfigDict, workdir: str | pathlib.Path) -> gates.TrainedGates:
     """Trains gates for a frozen model; a run found in `workdir` goes on from its last checkpoint, and ends as it would have uninterrupted.
 
-    Writes workdir/gates.safetensors, metrics.jsonl (a record a step), checkpoints/, config.json and run_meta.json.
+    Writes workdir/metrics.jsonl (a record a step), checkpoints/, config.json, run_meta.json (its `seconds` are those since its `first_step`), and at
+    last gates.safetensors. Where that exists the run is finished, and its gates are returned.
+
+    Raises:
+      ValueError: `workdir` holds a run with another config, its last checkpoint is damaged, or a config entry cannot be.
+      FileNotFoundError: no such model, text or gates file to start from.
+      FloatingPointError: the loss or its gradient is no number; later steps would only spread it.
     """
     run = RunFolder(workdir, config)
     model = checkpoints.load(config.model, dtype=config.dtype)
+    file = run.path / "gates.safetensors"
+    if file.exists():
+        return gates_file.load(file, model.config)
     gate = gates.GateConfig(**config.gate)
     section = config.data
     encode = functools.partial(model.tokenizer.encode, bos=False)  # documents are encoded in pieces
-    source = data.Documents(
-        encode, text.load(section.text), section.length, section.targets, section.plain_share, config.seed
-    )
+    source = data.Documents(encode, text.load(section.text), section.length, section.targets, section.plain_share, config.seed)
     batches = iter(data.batches(source, section.batch_size, config.seed))
     sample = next(iter(data.batches(source, 1, config.seed)))["tokens"]
 
@@ -38,17 +46,22 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> gates.TrainedGates
     rms = jax.jit(gate_input_rms, static_argnums=0)(model.config, model.params, sample)
     start = gates.init(model.config, gate, config.seed, rms)
     if config.start_from:
-        start = gates_file.load(config.start_from, model.config).params
+        earlier = gates_file.load(config.start_from, model.config)
+        if dataclasses.replace(earlier.config, bias=gate.bias, sinks=gate.sinks) != gate:
+            raise ValueError(f"start_from {config.start_from} holds a {earlier.config}; give config.gate its kind, width and tie_heads, not {gate}")
+        start = earlier.params
     state = init_state(start, optimizer)
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=config.checkpoint_every, enable_async_checkpointing=False)
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     with ocp.CheckpointManager(run.path / "checkpoints", options=options) as manager:
-        if manager.latest_step() is not None:
-            restored = manager.restore(
-                manager.latest_step(),
-                args=ocp.args.Composite(state=ocp.args.StandardRestore(state), data=grain.checkpoint.CheckpointRestore(batches)),
-            )
-            state = restored["state"]
+        last = manager.latest_step()
+        if last is not None:
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(state), data=grain.checkpoint.CheckpointRestore(batches))
+            try:
+                state = manager.restore(last, args=args)["state"]
+            except Exception as error:  # orbax and grain raise whatever the damage leads to
+                damaged = run.path / "checkpoints" / str(last)
+                raise ValueError(f"the checkpoint {damaged} cannot be read; delete that folder, and the run goes on from the one before") from error
         first = int(state.step)
         run.keep_metrics([record for record in run.metrics() if record["step"] < first])
         step = jax.jit(make_step(model.config, gate, optimizer, config.loss), donate_argnums=0)
@@ -60,17 +73,20 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> gates.TrainedGates
             state, measurements = step(state, model.params, batch, key)
             record = {name: float(value) for name, value in measurements.items()}
             record["tokens_per_second"] = float(batch["length"].sum()) / (time.time() - began)
-            if not jnp.isfinite(record["loss"]):
-                raise FloatingPointError(f"the loss is {record['loss']} at step {i}; lower optimizer.learning_rate or look at the batch")
+            if not (math.isfinite(record["loss"]) and math.isfinite(record["gradient_norm"])):
+                raise FloatingPointError(
+                    f"at step {i} the loss is {record['loss']} and the norm of its gradient {record['gradient_norm']};"
+                    " start again with a lower optimizer.learning_rate"
+                )
             run.log(step=i, **record)
             progress.set_postfix_str(
                 f"loss {record['loss']:.3f} kl {record['kl']:.3f} retained {record['retained_share']:.3f} {record['tokens_per_second']:.0f} tok/s"
             )
             done = i + 1
-            args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(batches))
-            manager.save(done, args=args, force=done == config.steps)
-    meta = run.finish(seed=config.seed, steps=config.steps)
+            if done % config.checkpoint_every == 0 or done == config.steps:
+                manager.save(done, args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(batches)))
+    meta = run.finish(seed=config.seed, steps=config.steps, first_step=first)
     record = {"model": config.model, "config": config.to_dict(), **meta}
     trained = gates.TrainedGates(gate, state.params, record)
-    gates_file.save(run.path / "gates.safetensors", trained)
+    gates_file.save(file, trained)
     return trained
