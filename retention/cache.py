@@ -165,7 +165,7 @@ def select(cache: Cache, score: Callable, scope: str, sinks: int = 0, window: in
       score: (stat, position, seen) -> float32 of their common shape; higher stays.
       scope: what competes for what. "global": all entries of a sequence for S*M slots; "layer": each layer's for H*M; "head": each stream's for M;
         "shared": tokens for M, each kept in all streams or in none, by its mean score over streams.
-      sinks, window: the first and the newest positions that always stay. sinks + window <= M.
+      sinks, window: the first and the newest positions that always stay. sinks + window + floor <= M.
       floor: entries that every stream keeps whatever the others score (scope global).
     """
     batch, slots = cache.position.shape

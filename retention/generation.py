@@ -170,10 +170,9 @@ def check_budget(budget, sinks: int, window: int, floor: int) -> None:
 
 
 def check_protected(budget: int, sinks: int, window: int, floor: int) -> None:
-    if budget < sinks + window:
-        raise ValueError(f"budget {budget} is smaller than sinks + window = {sinks} + {window}, which are always kept; raise it or protect fewer")
-    if budget < floor:
-        raise ValueError(f"budget {budget} is smaller than the policy's floor of {floor} entries per stream; raise it or lower the floor")
+    if budget < sinks + window + floor:
+        part = f" + floor = {sinks} + {window} + {floor}" if floor else f" = {sinks} + {window}"
+        raise ValueError(f"budget {budget} is smaller than sinks + window{part}, which are always kept; raise it or protect fewer")
 
 
 def roomy(tokens: int) -> int:

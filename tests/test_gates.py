@@ -311,7 +311,6 @@ def test_load_says_which_models_have_shipped_gates(folder):
     one_sentence(caught, "gates='shipped' exist for: ", repr(str(folder)), "give the path of trained gates, or None")
 
 
-@pytest.mark.xfail(strict=True, reason="a path as a name is joined to the folder of shipped gates, and an absolute one replaces it")
 def test_shipped_gates_are_those_of_the_package_alone(folder, saved):
     path, _ = saved
     beside = folder.with_name(f"{folder.name}.safetensors")

@@ -278,7 +278,7 @@ class TestSampling:
         (dict(budget=True), "budget must be a whole number"),
         (dict(budget=4, sinks=3, window=2), r"budget 4 is smaller than sinks \+ window"),
         (dict(budget=3, policy="window"), r"budget 3 is smaller than sinks \+ window = 4 \+ 0"),
-        (dict(budget=2, policy=policies.retention.policy(floor=3)), "floor of 3"),
+        (dict(budget=2, policy=policies.retention.policy(floor=3)), r"sinks \+ window \+ floor = 0 \+ 0 \+ 3"),
         (dict(budget=8, scope="head", policy=policies.retention.policy(floor=3)), "scope='global'"),
         (dict(budget=8, scope="globe"), "unknown scope 'globe': known are global"),
         (dict(budget=8, policy="retension"), "did you mean retention"),

@@ -131,10 +131,10 @@ def test_tied_and_untied_heads():
 
 
 @pytest.mark.parametrize("option, names", [("qkv_bias", ("q_bias", "k_bias", "v_bias")), ("qk_norm", ("q_norm", "k_norm"))])
-def test_every_optional_parameter_is_used(option, names):
+def test_every_optional_parameter_is_used(small, option, names):
     tokens = np.arange(10)[None]
     base = small_model(small_config(**{option: True}))
-    assert set(base.params["layers"]) - set(small_model(small_config()).params["layers"]) == set(names)
+    assert set(base.params["layers"]) - set(small.params["layers"]) == set(names)
     for name in names:
         leaf = base.params["layers"][name]
         # Not the same everywhere: a key bias that is would change no attention.

@@ -38,9 +38,9 @@ def load(name_or_path: str, gates: str | None = None, dtype: str = "float32") ->
     if gates is not None:
         file = gates
         if gates == "shipped":
-            file = SHIPPED / f"{name}.safetensors"
-            if not file.exists():
-                shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.safetensors"))) or "none"
-                raise ValueError(f"gates='shipped' exist for: {shipped}; for {name!r} give the path of trained gates, or None")
+            shipped = {file.stem: file for file in SHIPPED.glob("*.safetensors")}
+            if name not in shipped:
+                raise ValueError(f"gates='shipped' exist for: {', '.join(sorted(shipped))}; for {name!r} give the path of trained gates, or None")
+            file = shipped[name]
         trained = gates_file.load(file, config)
     return Model(config, params, trained, tokenizer)
