@@ -28,7 +28,9 @@ class RunFolder:
             if self.metrics():
                 raise ValueError(f"workdir {self.path} holds a run with another config (config.json); give a new workdir, or that config")
             file.write_text(text)
-        self.keep_metrics(self.metrics())  # without a last line cut off by a crash, to which the next record would be glued
+        metrics = self.path / "metrics.jsonl"
+        if metrics.exists() and not metrics.read_text().endswith("\n"):
+            self.keep_metrics(self.metrics())  # the next record would be glued to a last line that a crash has cut off
 
     def metrics(self) -> list[dict]:
         """The records of metrics.jsonl."""

@@ -151,19 +151,6 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32_logits(small):
     assert 0 < difference < 0.15 * np.abs(logits).max()
 
 
-def test_remat_changes_nothing(small):
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 61, (1, 12)))
-
-    def loss(params, remat):
-        decoder = model.bind(small.config, params)
-        hidden, _, _ = decoder(tokens, jnp.arange(12)[None], model.plain_attend, remat=remat)
-        return jnp.sum(jnp.sin(decoder.logits(hidden)))
-
-    plain, again = (jax.jit(jax.grad(loss), static_argnums=1)(small.params, remat) for remat in (False, True))
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(np.abs(a).max())))
-
-
 # Against transformers. The measured differences are printed: `pytest -m compare -s tests/test_model.py`.
 
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)

@@ -63,7 +63,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> gates.TrainedGates
                 damaged = run.path / "checkpoints" / str(last)
                 raise ValueError(f"the checkpoint {damaged} cannot be read; delete that folder, and the run goes on from the one before") from error
         first = int(state.step)
-        run.keep_metrics([record for record in run.metrics() if record["step"] < first])
+        run.keep_metrics([record for record in run.metrics() if record["step"] < first])  # the rest comes again
         step = jax.jit(make_step(model.config, gate, optimizer, config.loss), donate_argnums=0)
         key = jax.random.key(config.seed)
         progress = tqdm(range(first, config.steps), initial=first, total=config.steps, unit="step", desc="training gates")

@@ -92,6 +92,7 @@ def run(gate, params=None, batch=None, backbone=PARAMS, step=0, capacity_every=1
     return {name: float(value) for name, value in measurements.items()}, state.optimizer
 
 
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def student_logits(gate, params, tokens):
     """Retention-gated logits [B,T,V] with every weight written out, and log beta [L,B,T,H]."""
     layers = gates.per_layer(params, CONFIG, gate)
@@ -107,8 +108,8 @@ def student_logits(gate, params, tokens):
         return carry, jnp.einsum("BTIHG,BIHD->BTHGD", weight / weight.sum(axis=2, keepdims=True), v), log_beta
 
     decoder = model.bind(CONFIG, PARAMS)
-    hidden, _, log_beta = decoder(jnp.asarray(tokens), positions, attend, layer_inputs=layers)
-    return np.asarray(decoder.logits(hidden), np.float64), np.asarray(log_beta)
+    hidden, _, log_beta = decoder(tokens, positions, attend, layer_inputs=layers)
+    return decoder.logits(hidden), log_beta
 
 
 def log_softmax(x):
@@ -122,8 +123,8 @@ def test_loss_is_what_its_parts_say(gate):
     found, _ = run(gate, params, **factors)
 
     teacher = log_softmax(np.asarray(model.full_logits(CONFIG, PARAMS, jnp.asarray(batch["tokens"])), np.float64))
-    student, log_beta = student_logits(gate, params, batch["tokens"])
-    student = log_softmax(student)
+    student, log_beta = map(np.asarray, student_logits(gate, params, batch["tokens"]))
+    student = log_softmax(student.astype(np.float64))
     assert log_beta.min() < -1 and log_beta[:, :, gate.sinks :].max() > -0.05
     kl, ntp, other = [], [], []
     for row in range(2):
@@ -229,11 +230,14 @@ def test_budget_is_drawn_log_uniformly_each_step():
 
 
 def test_capacity_times_start_at_a_random_offset():
-    """With every 40th time one is left, so that its retained share tells which."""
-    params = gate_params(GLOBAL, bias=-40.0, spread=0.0)  # the newest token is all that is held: the share is 1 / (t+1)
-    found = {1 / run(GLOBAL, params, step=step, capacity_every=30)[0]["retained_share"] for step in range(40)}
-    # Offsets 0 .. 9 leave two times, t and t + 30.
-    assert len({round(one, 3) for one in found}) > 15
+    """The newest token is all that these gates hold, a share of 1 / (t+1): with few times in a document the mean tells which they are."""
+    params = gate_params(GLOBAL, bias=-40.0, spread=0.0)
+    found = {round(run(GLOBAL, params, step=step, capacity_every=30)[0]["retained_share"], 6) for step in range(40)}
+    wanted = {}
+    for offset in range(30):
+        inside = [t for length in LENGTHS for t in range(offset, length, 30)]
+        wanted[offset] = round(float(np.mean([1 / (t + 1) for t in inside])), 6)
+    assert found <= set(wanted.values()) and len(found) > 15
 
 
 def test_batch_without_answers_is_finite():
@@ -273,9 +277,9 @@ def test_optimizer_schedule_and_decay():
     settings.weight_decay = 1.0
     optimizer = make_optimizer(settings, 40)
     params = {"w1": jnp.ones(3), "bias": jnp.full(2, 8.0)}
-    state, sizes = optimizer.init(params), []
+    state, sizes, update = optimizer.init(params), [], jax.jit(optimizer.update)
     for _ in range(40):
-        updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        updates, state = update(jax.tree.map(jnp.zeros_like, params), state, params)
         np.testing.assert_array_equal(updates["bias"], 0)  # no gradient, no decay
         sizes.append(-float(updates["w1"][0]))
     assert sizes[0] == 0 and np.argmax(sizes) == settings.warmup_steps
