@@ -1,5 +1,5 @@
-"""The story in one go: SmolLM2-135M-Instruct reads a document of several thousand tokens and answers questions about it three times, with the full
-cache, and with 25 % and 12.5 % of the entries kept by learned global gates: python -m experiments.demo --workdir=runs/demo."""
+"""The story in one go: SmolLM2-135M-Instruct reads a story of 2,200 tokens and answers questions about it three times, with the full cache, and with
+25 % and 12.5 % of the entries kept by learned global gates: python -m experiments.demo --workdir=runs/demo."""
 
 import pathlib
 import time
@@ -7,48 +7,52 @@ import time
 from absl import app, flags
 
 import retention
-from retention.evaluation import needles
 from retention.evaluation.plots import plot_kept
-from retention.training import text
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Where the pictures go.")
-LENGTH = flags.DEFINE_integer("length", 3072, "Tokens of the document.")
+
+# What the story says, and a word that a right answer holds. Written for this demo: the gates never saw it.
+QUESTIONS = (
+    ("What is the number painted on the lid of the iron box?", "48213"),
+    ("Why did the ferry stop?", "boiler"),
+    ("What was the name of the boat?", "Silver Heron"),
+    ("Where was the key of the pumping station hidden?", "organ"),
+    ("What was the price of the new boiler?", "9750"),
+    ("Why was the school closed in January?", "bees"),
+)
 
 
 def main(_):
     folder = pathlib.Path(WORKDIR.value)
     folder.mkdir(parents=True, exist_ok=True)
     model = retention.load("smollm2-135m", gates="shipped")
-    # Python's own manual with four numbers and three facts planted in it: words, phrasings and prose that the gates never saw.
-    texts = text.load("pydoc")
-    documents = [needles.samples(task, model.tokenizer.encode, texts, LENGTH.value, 1, seed=7)[0] for task in ("needle4", "facts")]
-    for fraction in (1.0, 0.25, 0.125):
-        budget = None if fraction == 1.0 else int(fraction * LENGTH.value)
-        right = asked = 0
-        for number, document in enumerate(documents):
-            start = time.time()
-            session = retention.Session(model, budget)
-            session.append(document.context)
-            stats, seconds = session.stats, time.time() - start
-            entries = stats.seen_tokens * model.config.streams
-            print(
-                f"\n== document {number + 1}, {stats.seen_tokens} tokens: {stats.kept_entries:,} of {entries:,} entries kept"
-                f" ({stats.kept_entries / entries:.1%}), {stats.allocated_bytes / 2**20:.0f} MiB, read in {seconds:.1f} s"
-            )
-            if budget:
-                title = f"kept at {fraction:.1%}: darker is more; right: each stream's share"
-                plot_kept(session.kept(), stats.seen_tokens, folder / f"kept_{fraction:.3f}_document{number + 1}.png", title)
-            for question, answer in zip(document.questions, document.answers, strict=True):
-                print("Q:", question.strip().split("<|im_end|>")[0], "\nA: ", end="")
-                pieces = []
-                for piece in session.fork().stream(question, max_new_tokens=24):
-                    print(piece, end="", flush=True)
-                    pieces.append(piece)
-                good = needles.correct("needle4" if number == 0 else "facts", answer, "".join(pieces))
-                right, asked = right + good, asked + 1
-                print("" if good else f"   [the text says: {answer}]")
-        print(f"\n{right} of {asked} right with {fraction:.1%} of the entries")
-    print(f"\nWhich positions each layer and head kept: {folder}/*.png")
+    story = (pathlib.Path(__file__).parent / "demo_document.txt").read_text(encoding="utf-8")
+    # The user's turn, left open: the story is read and compressed before any question is known.
+    opened, closed = model.tokenizer.chat([{"role": "user", "content": "\0"}]).split("\0")
+    for fraction in (None, 0.25, 0.125):
+        session = retention.Session(model, budget=fraction)
+        start = time.time()
+        session.append(opened + story)
+        stats, seconds = session.stats, time.time() - start
+        entries = stats.seen_tokens * model.config.streams
+        share = stats.kept_entries / entries
+        print(f"\n== {stats.seen_tokens} tokens read in {seconds:.1f} s: {stats.kept_entries:,} of {entries:,} entries kept ({share:.1%}),", end="")
+        print(f" {stats.allocated_bytes / 2**20:.0f} MiB of cache")
+        right = 0
+        for question, answer in QUESTIONS:
+            print(f"Q: {question}\nA: ", end="")
+            pieces = []
+            for piece in session.fork().stream(f"\n\n{question}{closed}", max_new_tokens=32):
+                print(piece, end="", flush=True)
+                pieces.append(piece)
+            good = answer.lower() in "".join(pieces).lower()
+            print("" if good else f"   [the story says: {answer}]")
+            right += good
+        print(f"{right} of {len(QUESTIONS)} right with {share:.1%} of the entries")
+        if fraction:
+            title = f"{share:.1%} of the entries kept: darker is more; right, each stream's share"
+            plot_kept(session.kept(), stats.seen_tokens, folder / f"kept_{fraction}.png", title)
+    print(f"\nWhich positions each layer and head kept: {folder}/kept_*.png")
 
 
 if __name__ == "__main__":

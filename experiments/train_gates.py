@@ -7,7 +7,7 @@ from retention.training.loop import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; an interrupted run in it goes on where it stopped.")
-flags.FLAGS.set_default("verbosity", logging.WARNING)  # orbax has a page to say about every checkpoint
+flags.FLAGS.verbosity = logging.WARNING  # orbax has a page to say about every checkpoint
 flags.mark_flags_as_required(["config", "workdir"])
 
 

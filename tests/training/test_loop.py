@@ -191,7 +191,7 @@ def test_killed_program_resumes_exactly(folder, tmp_path):
         assert not (workdir / "gates.safetensors").exists()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [f"{workdir}/gates.safetensors"]
-    assert " I1" not in done.stderr and "training gates" in done.stderr  # the progress bar, without pages of orbax's notes
+    assert "training gates" in done.stderr and "checkpoint_manager" not in done.stderr  # the progress bar without pages of notes by orbax
     assert json.loads((workdir / "run_meta.json").read_text())["first_step"] >= 58
     loop.train(make_config(folder, **changes), tmp_path / "whole")
     assert_same_end(workdir, tmp_path / "whole")
