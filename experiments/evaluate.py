@@ -12,7 +12,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main(_):
     for row in evaluate(CONFIG.value, WORKDIR.value):
-        print(f"{row['task']:8} {row['length']:5} {row['policy']:10} kept {row['kept']:.4f}  {row['correct']}/{row['questions']}")
+        measured = f"KL {row['kl']}" if row["task"] == "prose" else f"accuracy {row['accuracy']}"
+        print(f"{row['task']:8} {row['length']:5} {row['policy']:10} kept {row['kept']:.4f}: {measured} ({row['samples']} samples)")
 
 
 if __name__ == "__main__":

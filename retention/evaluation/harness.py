@@ -1,4 +1,4 @@
-"""Runs needle tasks over policies and budgets: every sample a record, every finished cell skipped when a run goes on."""
+"""Runs needle tasks and prose over policies and budgets: every sample a record, every finished cell skipped when a run goes on."""
 
 import csv
 import dataclasses
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from retention import checkpoints
-from retention.evaluation import needles
+from retention.evaluation import needles, prose
 from retention.generation import Session
 from retention.runs import RunFolder
 from retention.training import text
@@ -46,18 +46,22 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
     texts = text.load(config.text)
     done = run.metrics()
     table = cells(config)
-    samples: dict[tuple[str, int], Sequence[needles.Sample]] = {}
+    samples: dict[tuple[str, int], Sequence] = {}
     progress = tqdm(table, unit="cell", desc="evaluating")
     for cell in progress:
         if (cell.task, cell.length) not in samples:
-            samples[cell.task, cell.length] = needles.samples(
-                cell.task, model.tokenizer.encode, texts, cell.length, config.samples, config.seed
-            )
+            if cell.task == "prose":
+                tokens = [model.tokenizer.encode(one) for one in texts]
+                samples["prose", cell.length] = prose.windows(tokens, cell.length, config.continuation, config.samples, config.seed)
+            else:
+                samples[cell.task, cell.length] = needles.samples(
+                    cell.task, model.tokenizer.encode, texts, cell.length, config.samples, config.seed
+                )
         seen = {record["sample"] for record in done if record["cell"] == dataclasses.asdict(cell)}
         for i, sample in enumerate(samples[cell.task, cell.length]):
             if i in seen:
                 continue
-            records = answer(model, config, cell, sample)
+            records = score_prose(model, config, cell, *sample) if cell.task == "prose" else answer(model, config, cell, sample)
             for record in records:
                 done.append({"cell": dataclasses.asdict(cell), "sample": i, **record})
             run.log_all(done[len(done) - len(records) :])
@@ -71,10 +75,21 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
     return rows
 
 
+def cache_options(config: ConfigDict, cell: Cell) -> dict:
+    """The arguments of Session for a cell."""
+    budget = None if cell.policy == "full" else max(1, int(cell.kept * cell.length))
+    return dict(budget=budget, policy=cell.policy, scope=config.scope, prefill_chunk=config.prefill_chunk, sinks=config.sinks)
+
+
+def score_prose(model, config: ConfigDict, cell: Cell, context: Sequence[int], continuation: Sequence[int]) -> list[dict]:
+    """One record: what compressing the context changes about the continuation."""
+    kl, loss, full_loss = prose.divergence(model, context, continuation, **cache_options(config, cell))
+    return [{"kl": kl, "loss": loss, "full_loss": full_loss}]
+
+
 def answer(model, config: ConfigDict, cell: Cell, sample: needles.Sample) -> list[dict]:
     """One record for each question of one sample."""
-    budget = None if cell.policy == "full" else max(1, int(cell.kept * cell.length))
-    session = Session(model, budget=budget, policy=cell.policy, scope=config.scope, prefill_chunk=config.prefill_chunk)
+    session = Session(model, **cache_options(config, cell))
     start = time.time()
     session.append(sample.context)
     stats = session.stats
@@ -97,12 +112,18 @@ def answer(model, config: ConfigDict, cell: Cell, sample: needles.Sample) -> lis
 
 
 def summarise(cell: Cell, records: list[dict]) -> dict:
-    correct = sum(record["correct"] for record in records)
+    """A row of the table; what a task does not measure is left empty."""
+
+    def mean(name):
+        return round(sum(record[name] for record in records) / len(records), 4) if name in records[0] else ""
+
     return {
         **dataclasses.asdict(cell),
-        "correct": correct,
-        "questions": len(records),
-        "accuracy": round(correct / len(records), 4),
-        "kept_entries": round(sum(record["kept_entries"] for record in records) / len(records)),
-        "allocated_bytes": max(record["allocated_bytes"] for record in records),
+        "samples": len(records),
+        "accuracy": mean("correct"),
+        "kl": mean("kl"),
+        "loss": mean("loss"),
+        "full_loss": mean("full_loss"),
+        "kept_entries": mean("kept_entries"),
+        "allocated_bytes": mean("allocated_bytes"),
     }
