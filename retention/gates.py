@@ -33,6 +33,9 @@ class GateConfig:
             raise ValueError(f"gate kind must be 'global' or 'local', got {self.kind!r}")
         if self.kind == "local" and self.tie_heads:
             raise ValueError("tie_heads belongs to the global gate; a local gate has a readout per layer and head")
+        for name, least in (("width", 1), ("sinks", 0)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise ValueError(f"gate {name} must be a whole number of at least {least}, got {getattr(self, name)!r}")
 
 
 class Gates(nnx.Module):

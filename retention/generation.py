@@ -187,8 +187,20 @@ class Rows:
     Between calls the write buffer is empty, unless nothing is ever evicted: then it is the full cache.
     """
 
-    def __init__(self, model: Model, batch: int, budget, policy, scope: str, prefill_chunk: int | None, sinks: int | None, window: int | None):
+    def __init__(
+        self,
+        model: Model,
+        batch: int,
+        budget: int | float | None,
+        policy: str | policies.Policy = "retention",
+        scope: str = "global",
+        prefill_chunk: int | None = 256,
+        sinks: int | None = None,
+        window: int | None = None,
+    ):
         policy = policies.get(policy) if isinstance(policy, str) else policy
+        if not isinstance(policy, policies.Policy):
+            raise ValueError(f"policy must be one of {', '.join(policies.names())}, or a Policy, got {policy!r}")
         if scope not in cache_lib.SCOPES:
             raise ValueError(f"unknown scope {scope!r}: known are {', '.join(cache_lib.SCOPES)}")
         for name, value in (("sinks", sinks), ("window", window)):

@@ -254,4 +254,6 @@ class Model:
         tokens = jnp.asarray(tokens)
         if tokens.ndim != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens must be [B, T] with T > 0, got shape {tokens.shape}")
+        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:  # XLA would clamp them without a word
+            raise ValueError(f"tokens must be ids from 0 to {self.config.vocab_size - 1}, got {tokens.min()} to {tokens.max()}")
         return full_logits(self.config, self.params, tokens)

@@ -282,6 +282,7 @@ class TestSampling:
         (dict(budget=8, scope="head", policy=policies.retention.policy(floor=3)), "scope='global'"),
         (dict(budget=8, scope="globe"), "unknown scope 'globe': known are global"),
         (dict(budget=8, policy="retension"), "did you mean retention"),
+        (dict(budget=8, policy=None), "policy must be one of full"),
         (dict(budget=8, sinks=-1), "sinks must be"),
         (dict(budget=8, chunk=0), "prefill_chunk must be at least 1"),
     ],

@@ -21,6 +21,8 @@ def load(name_or_path: str, gates: str | None = None, dtype: str = "float32") ->
     Raises:
       FileNotFoundError, ValueError, NotImplementedError: what is missing, broken or not supported, by file or argument name.
     """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
     name = str(name_or_path)
     if name == "smollm2-135m":
         path = download.smollm2_135m()

@@ -14,8 +14,12 @@ from retention.model import Config
 
 
 def save(path: str | pathlib.Path, trained: gates.TrainedGates) -> None:
+    """Writes the file whole or not at all."""
+    path = pathlib.Path(path)
     metadata = {"gate": json.dumps(dataclasses.asdict(trained.config)), "record": json.dumps(trained.record)}
-    safetensors.numpy.save_file({name: np.asarray(leaf) for name, leaf in trained.params.items()}, path, metadata)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(safetensors.numpy.save({name: np.asarray(leaf) for name, leaf in trained.params.items()}, metadata))
+    partial.replace(path)
 
 
 def load(path: str | pathlib.Path, config: Config) -> gates.TrainedGates:
@@ -32,8 +36,8 @@ def load(path: str | pathlib.Path, config: Config) -> gates.TrainedGates:
             metadata = file.metadata() or {}
             params = {name: file.get_tensor(name) for name in file.keys()}
         gate = gates.GateConfig(**json.loads(metadata["gate"]))
-        record = json.loads(metadata["record"])
-    except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        record = dict(json.loads(metadata["record"]))
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a gates file as train_gates or export writes it, or it is damaged: {error}") from error
     wanted = jax.eval_shape(lambda: gates.init(config, gate))
     shapes = {name: leaf.shape for name, leaf in wanted.items()}

@@ -33,8 +33,8 @@ def divergence(model: Model, context: Sequence[int], continuation: Sequence[int]
     if len(continuation) > generation.CHUNK:
         raise ValueError(f"continuation has {len(continuation)} tokens; the write buffer takes {generation.CHUNK}")
     logits = []
-    for settings in ({"budget": None, "policy": "full"}, options):
-        rows = Rows(model, 1, **{"scope": "global", "prefill_chunk": 256, "sinks": None, "window": None, **settings})
+    for settings in ({"budget": None}, options):
+        rows = Rows(model, 1, **settings)
         rows.append([context])
         logits.append(_continuation_logits(rows.plan, model.params, rows.gates, rows.cache, jnp.asarray([continuation[:-1]])))
     full, compressed = logits

@@ -1,0 +1,163 @@
+"""What a user calls: load, generate, Session, on a tiny model in a folder; and the real model's memory."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import retention
+from retention.checkpoints import gates as gates_file
+from tests import tiny
+from tests.conftest import small_config, small_model
+
+STORY = "The bell rang twice, and nobody came to the door. A letter lay on the step. " * 6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tiny.write_folder(tmp_path_factory.mktemp("tiny"))
+    bare = retention.load(str(folder))
+    gates_file.save(folder / "gates.safetensors", small_model(small_config(), sinks=1).gates)
+    return retention.load(str(folder), gates=str(folder / "gates.safetensors")), bare
+
+
+def positions(session):
+    return [stream.tolist() for layer in session.kept() for stream in layer]
+
+
+def test_a_session_keeps_its_budget_over_turns(model):
+    session = retention.Session(model[0], budget=16, prefill_chunk=32)
+    assert session.stats.seen_tokens == 0 and session.stats.kept_entries == 0
+    seen, streams = 0, model[0].config.streams
+    for turn in (STORY, "Who was it?", STORY):
+        session.append(turn)
+        seen += len(model[0].tokenizer.encode(turn, bos=False))
+        assert session.stats.seen_tokens == seen
+        assert session.stats.kept_entries == session.stats.capacity == 16 * streams
+        generation = session.generate(max_new_tokens=5)
+        seen += len(generation.tokens)
+        assert generation.stats == session.stats and session.stats.seen_tokens == seen
+    assert sum(map(len, positions(session))) == 16 * streams
+    assert all(stream[0] == 0 for stream in positions(session)), "the gates were trained with one sink, so position 0 stays"
+
+
+def test_sinks_can_be_overruled(model):
+    session = retention.Session(model[0], budget=16, sinks=0, prefill_chunk=32)
+    session.append(STORY)
+    assert not all(0 in stream for stream in positions(session))
+
+
+def test_forks_answer_alike_and_leave_the_original_alone(model):
+    session = retention.Session(model[0], budget=16)
+    session.append(STORY)
+    before = positions(session)
+    first, second = session.fork(), session.fork()
+    answers = [fork.generate("Where was the letter?", max_new_tokens=12) for fork in (first, second)]
+    assert answers[0] == answers[1]
+    assert positions(session) == before and session.stats.seen_tokens < first.stats.seen_tokens
+    assert session.generate("Where was the letter?", max_new_tokens=12) == answers[0]
+
+
+def test_streaming_gives_the_same_text_in_pieces(model):
+    pieces = []
+    session = retention.Session(model[0], budget=16)
+    stream = session.stream(STORY, max_new_tokens=50)
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as end:
+            generation = end.value
+            break
+    assert len(pieces) > 3 and "".join(pieces) == generation.text
+    assert generation == retention.Session(model[0], budget=16).generate(STORY, max_new_tokens=50)
+
+
+def test_an_abandoned_stream_leaves_a_session_that_goes_on(model):
+    session = retention.Session(model[0], budget=16, prefill_chunk=32)
+    next(session.stream(STORY, max_new_tokens=200))
+    session.append(STORY)
+    assert session.stats.kept_entries == session.stats.capacity
+    held = positions(session)
+    assert all(stream == sorted(set(stream)) for stream in held)
+
+
+def test_generate_equals_sessions_alone(model):
+    prompts = [STORY, "A letter.", STORY[:100]]
+    window, one_shot = dict(budget=16, policy="window", scope="head"), dict(budget=16, prefill_chunk=None)
+    for options in (dict(budget=16), dict(budget=0.25), dict(budget=None), window, one_shot):
+        together = retention.generate(model[0], prompts, max_new_tokens=12, **options)
+        for prompt, generation in zip(prompts, together, strict=True):
+            alone = retention.Session(model[0], **options).generate(prompt, max_new_tokens=12)
+            assert alone.tokens == generation.tokens and alone.text == generation.text
+            assert alone.stats.kept_entries == generation.stats.kept_entries
+
+
+def test_chat_applies_the_template(model):
+    text = model[0].tokenizer.chat([{"role": "user", "content": "Who came?"}])
+    chat, raw = (retention.generate(model[0], [prompt], max_new_tokens=8, chat=flag)[0] for prompt, flag in (("Who came?", True), (text, False)))
+    assert chat == raw and "<|im_start|>user" in text
+
+
+def test_a_stop_token_ends_the_text_and_stays_in_the_cache(model):
+    ends = model[0].tokenizer.eos_ids
+    for seed in range(200):
+        generation = retention.generate(model[0], ["A"], max_new_tokens=40, temperature=1.5, seed=seed)[0]
+        if generation.tokens[-1] in ends:
+            break
+    assert len(generation.tokens) < 40 and not set(generation.tokens[:-1]) & set(ends)
+    assert "<|" not in generation.text
+    assert generation.stats.seen_tokens == len(model[0].tokenizer.encode("A")) + len(generation.tokens)
+
+
+def test_the_full_policy_ignores_the_budget_and_needs_no_gates(model):
+    full = retention.generate(model[1], [STORY], policy="full", max_new_tokens=8)[0]
+    assert full == retention.generate(model[1], [STORY], budget=None, max_new_tokens=8)[0]
+    assert full.stats.kept_entries == full.stats.seen_tokens * model[1].config.streams
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m: retention.generate(m, []), "prompts must be a list of at least one text"),
+        (lambda m: retention.generate(m, "one text"), "prompts must be a list"),
+        (lambda m: retention.generate(m, ["a", ""]), r"prompts\[1\] is empty"),
+        (lambda m: retention.Session(m).append(""), "text is empty"),
+        (lambda m: retention.Session(m).generate(), "text is empty and nothing was appended"),
+        (lambda m: retention.generate(m, ["a"], max_new_tokens=0), "max_new_tokens must be"),
+        (lambda m: retention.generate(m, ["a"], temperature=-1), "temperature must be 0"),
+        (lambda m: retention.generate(m, ["a"], top_p=0), "top_p must be in"),
+        (lambda m: retention.Session(m, budget=0.01, policy="window").append(STORY), "smaller than sinks"),
+        (lambda m: m.logits(np.array([[0, 10**6]])), "tokens must be ids from 0 to 599"),
+    ],
+)
+def test_bad_input_is_named(model, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(model[0])
+
+
+PREFILL = """
+import resource, sys
+import retention
+from retention.training import text
+model = retention.load("smollm2-135m", gates="shipped")
+words = " ".join(text.load("pydoc"))
+tokens = model.tokenizer.encode(words[: 6 * int(sys.argv[1])])[: int(sys.argv[1])]
+session = retention.Session(model, budget=256)
+session.append(model.tokenizer.decode(tokens))
+session.generate(max_new_tokens=1)
+print(session.stats.seen_tokens, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_peak_memory_does_not_follow_the_context():
+    """Peak resident memory of reading 16K tokens at budget 256 is within 15 % of that for 4K, on the real model."""
+    peaks = []
+    for length in (4096, 16384):
+        out = subprocess.run([sys.executable, "-c", PREFILL, str(length)], capture_output=True, text=True, check=True).stdout.split()
+        assert int(out[0]) >= 0.95 * length
+        peaks.append(int(out[1]))
+    print(f"peak resident memory: {peaks[0] / 2**20:.2f} GiB at 4K, {peaks[1] / 2**20:.2f} GiB at 16K")
+    assert peaks[1] <= 1.15 * peaks[0]
