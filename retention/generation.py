@@ -234,6 +234,7 @@ class Rows:
         self.logits = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
         self.most_seen = 0  # of any sequence, at most: what the host knows without asking the device
         self.warned = False
+        self.settled = True  # the write buffer is empty, or the full cache
 
     @property
     def evicts(self) -> bool:
@@ -268,8 +269,15 @@ class Rows:
             self.warned = True
             warnings.warn(f"{self.most_seen} tokens are beyond the {trained_for} that this model was trained for; answers may degrade", stacklevel=4)
 
+    def settle(self) -> None:
+        """Ends a decode, finished or abandoned, with a selection: the buffer is then free for the next tokens."""
+        if self.evicts and not self.settled:
+            self.cache = evict(self.plan, self.cache)
+        self.settled = True
+
     def append(self, prompts: Sequence[Sequence[int]]) -> None:
         """Feeds each sequence its tokens, evicting after each chunk (one-shot: once, at the end)."""
+        self.settle()
         lengths = [len(prompt) for prompt in prompts]
         if self.cache is None:
             self._open(lengths)
@@ -298,6 +306,7 @@ class Rows:
 
     def decode(self, max_new_tokens: int, temperature: float, top_p: float, seed: int, stop: Sequence[int]) -> Iterator[np.ndarray]:
         """Yields [B, piece] tokens at a time, -1 past a sequence's end, until all have ended or have max_new_tokens."""
+        self.settle()
         done = jnp.zeros(self.batch, bool)
         keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(self.batch))
         stop = jnp.asarray(list(stop) or [-1], jnp.int32)
@@ -306,6 +315,7 @@ class Rows:
             self._saw(steps)
             if not self.evicts:
                 self._room(self.most_seen + 1)
+            self.settled = False
             self.cache, self.logits, done, tokens = decode(
                 self.plan, self.model.params, self.gates, self.cache, self.logits, done, keys, steps, temperature, top_p, stop,
                 piece=self.piece, evicts=self.evicts,
@@ -313,8 +323,7 @@ class Rows:
             yield np.asarray(tokens)
             if bool(done.all()):
                 break
-        if self.evicts:
-            self.cache = evict(self.plan, self.cache)
+        self.settle()
 
     def stats(self, row: int) -> Stats:
         streams = self.model.config.streams
