@@ -32,7 +32,7 @@ def cells(config: ConfigDict) -> list[Cell]:
     table = []
     for task, length in itertools.product(config.tasks, config.lengths):
         table.append(Cell(task, length, "full", 1.0))
-        table += [Cell(task, length, policy, kept) for kept, policy in itertools.product(config.kept, config.policies)]
+        table += [Cell(task, length, policy, kept) for policy, kept in itertools.product(config.policies, config.kept)]
     return table
 
 
