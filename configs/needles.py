@@ -1,6 +1,9 @@
-"""Held-out needles and prose: words, phrasings and haystack unseen in training; the question asked after the context is compressed.
+"""Held-out needles and prose: words and phrasings unseen in training; the question asked after the context is compressed.
 
-python -m experiments.evaluate --config=configs/needles.py --workdir=runs/needles
+    python -m experiments.evaluate --config=configs/needles.py --workdir=runs/needles --config.text='heldout/*.txt'
+
+The haystack is whatever text is given. The default is at hand everywhere, but the shipped gates saw it in training, so quote figures on other prose.
+About 70 minutes on 2 CPU cores for the task "needle" alone.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +15,7 @@ def get_config() -> ConfigDict:
     config.model = "smollm2-135m"
     config.gates = "shipped"
     config.dtype = "float32"
-    config.text = "pydoc"  # the haystack: Python's own manual, in every CPython, never trained on
+    config.text = "pydoc"
     config.seed = 0
     config.tasks = ("needle", "needle4", "facts")  # and "prose": KL to the full cache over the text that follows the context
     config.lengths = (1024, 4096)

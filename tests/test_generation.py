@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retention import generation, policies
+from retention import cache, policies, programs
 from retention.generation import Rows
 from retention.model import bind
 from tests.conftest import small_config, small_model
@@ -24,7 +24,7 @@ def rows(model, batch, budget, policy="retention", scope="global", chunk=16, sin
 
 
 def kept(run, row):
-    return generation.cache_lib.kept_positions(run.cache, row)
+    return cache.kept_positions(run.cache, row)
 
 
 def masked_full_logits(model, tokens, visible):
@@ -166,21 +166,21 @@ def test_turns_equal_one_prompt_under_the_full_cache(small):
 
 def test_the_decode_loop_compiles_once_whatever_the_prompt(small):
     model = small_model(small_config(vocab_size=67))
-    before = generation.decode._cache_size()
+    before = programs.decode._cache_size()
     for lengths, temperature, steps in ([5, 9], 0.0, 3), ([40, 64], 0.7, 40), ([100, 1], 0.0, 17):
         run = rows(model, 2, 12)
         run.append(random_prompts(lengths))
         list(run.decode(steps, temperature, 0.9, 0, stop=()))
-    assert generation.decode._cache_size() == before + 1
+    assert programs.decode._cache_size() == before + 1
 
 
 def test_prefill_compiles_once_for_each_chunk_length(small):
     model = small_model(small_config(vocab_size=71))
-    before = generation.prefill._cache_size()
+    before = programs.prefill._cache_size()
     for length in (64, 256, 640):
         run = rows(model, 1, 12, chunk=64)
         run.append(random_prompts([length]))
-    assert generation.prefill._cache_size() == before + 1
+    assert programs.prefill._cache_size() == before + 1
 
 
 @pytest.mark.parametrize("scope", ["global", "layer", "head", "shared"])
@@ -245,7 +245,7 @@ class TestSampling:
 
     def draw(self, temperature, top_p, count=2000):
         keys = jax.random.split(jax.random.key(0), count)
-        tokens = generation.sample(jnp.tile(self.logits, (count, 1)), keys, jnp.float32(temperature), jnp.float32(top_p))
+        tokens = programs.sample(jnp.tile(self.logits, (count, 1)), keys, jnp.float32(temperature), jnp.float32(top_p))
         return np.bincount(tokens, minlength=4) / count
 
     def test_greedy(self):

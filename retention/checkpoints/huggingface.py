@@ -57,7 +57,7 @@ def load(folder: str | pathlib.Path, dtype: Any = "float32") -> tuple[Config, di
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
-    config = _config(_read_json(folder / "config.json"), folder / "config.json")
+    config = _config(read_json(folder / "config.json"), folder / "config.json")
     tensors: dict[str, _Tensor] = {}
     for file in _weight_files(folder):
         tensors |= _header(file)
@@ -83,7 +83,7 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
         if not (folder / "model.safetensors").is_file():
             raise FileNotFoundError(f"there is no model.safetensors and no {index.name} in {folder}: only safetensors are supported")
         return [folder / "model.safetensors"]
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index} has no weight_map from tensors to files")
     files = [folder / name for name in sorted(set(weight_map.values()))]
@@ -198,7 +198,8 @@ def _rope_scaling(rope: dict[str, Any], max_positions: int, path: pathlib.Path) 
     return RopeScaling(kind=kind, original_max_positions=rope.get("original_max_position_embeddings") or max_positions, **given)
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises FileNotFoundError, or ValueError if the file holds anything else."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path.name} in {path.parent}")
     try:

@@ -1,7 +1,6 @@
 """Tokenizers from GGUF metadata and from Hugging Face folders, incremental decoding, and chat templates."""
 
 import datetime
-import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,6 +10,8 @@ import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from retention.checkpoints.huggingface import read_json
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -130,7 +131,11 @@ class Tokenizer:
             raise ValueError(f"{file} is not a tokenizer that the tokenizers package can read ({error})") from error
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        config = _read_json(folder / "tokenizer_config.json")
+
+        def optional(name: str) -> dict[str, Any]:
+            return read_json(folder / name) if (folder / name).is_file() else {}
+
+        config = optional("tokenizer_config.json")
 
         def token(key: str) -> str:
             entry = config.get(key) or ""
@@ -138,7 +143,7 @@ class Tokenizer:
 
         eos_ids: list[int] = []
         for name in ("generation_config.json", "config.json"):
-            entry = _read_json(folder / name).get("eos_token_id")
+            entry = optional(name).get("eos_token_id")
             eos_ids += entry if isinstance(entry, list) else [] if entry is None else [entry]
         if (token_id := tokenizer.token_to_id(token("eos_token"))) is not None:
             eos_ids.append(token_id)
@@ -230,15 +235,3 @@ class StreamDecoder:
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return content

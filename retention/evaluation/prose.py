@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retention import generation
-from retention.generation import Rows
+from retention import programs
+from retention.generation import CHUNK, Rows
 from retention.model import Model, bind
 from retention.training.losses import token_losses
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _continuation_logits(plan, params, gates, cache, tokens):
-    hidden, _ = generation.forward(plan, params, gates, cache, tokens, jnp.full(tokens.shape[0], tokens.shape[1]))
+    hidden, _ = programs.forward(plan, params, gates, cache, tokens, jnp.full(tokens.shape[0], tokens.shape[1]))
     return bind(plan.config, params).logits(hidden)
 
 
@@ -30,8 +30,8 @@ def divergence(model: Model, context: Sequence[int], continuation: Sequence[int]
     Returns:
       Mean KL(full cache || budget) over the continuation's tokens, and the mean next-token losses of the budget and of the full cache; nats.
     """
-    if len(continuation) > generation.CHUNK:
-        raise ValueError(f"continuation has {len(continuation)} tokens; the write buffer takes {generation.CHUNK}")
+    if len(continuation) > CHUNK:
+        raise ValueError(f"continuation has {len(continuation)} tokens; the write buffer takes {CHUNK}")
     logits = []
     for settings in ({"budget": None}, options):
         rows = Rows(model, 1, **settings)
