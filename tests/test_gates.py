@@ -333,7 +333,7 @@ def test_load_refuses_what_does_not_fit(folder, saved, tmp_path):
     one_sentence(caught, path, "are for another model")
     with pytest.raises(ValueError) as caught:
         retention.load(folder, dtype="float16")
-    one_sentence(caught, "dtype=float16 is not supported", "float32 or bfloat16")
+    one_sentence(caught, "dtype must be 'float32' or 'bfloat16', got 'float16'")
     with pytest.raises(FileNotFoundError) as caught:
         retention.load(tmp_path)
     one_sentence(caught, "there is no config.json in", tmp_path)
