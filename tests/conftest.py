@@ -1,5 +1,7 @@
 """A small random model with gates that spread their scores: everything that a real one does, in milliseconds."""
 
+import gc
+
 import jax
 import pytest
 
@@ -25,3 +27,11 @@ def small_model(config: model.Config, seed: int = 0, sinks: int = 0) -> model.Mo
 @pytest.fixture(scope="session")
 def small() -> model.Model:
     return small_model(small_config())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_compiled_programs():
+    """Every compiled program maps memory, a process may hold 65,530 maps (vm.max_map_count), and XLA crashes when they run out."""
+    yield
+    jax.clear_caches()
+    gc.collect()
