@@ -19,7 +19,7 @@ flags.mark_flags_as_required(["gates", "out"])
 
 
 def main(_):
-    trained = gates.load(GATES.value, checkpoints.load(MODEL.value).config)
+    trained = gates.load(GATES.value, checkpoints.load(MODEL.value, gates=None).config)
     params = {name: np.asarray(leaf, np.float16 if name in ("w1", "w2") else np.float32) for name, leaf in trained.params.items()}
     record = {name: trained.record[name] for name in ("model", "commit", "versions", "device", "seconds", "seed", "steps")}
     gates.save(OUT.value, dataclasses.replace(trained, params=params, record=record))

@@ -237,7 +237,7 @@ def check_sampling(max_new_tokens, temperature, top_p) -> None:
 def encode(model: Model, text: str, name: str, chat: bool, first: bool) -> list[int]:
     """Token ids of `text`, with what the tokenizer puts before a conversation if it is the `first`. An empty text is an error."""
     if model.tokenizer is None:
-        raise ValueError("the model has no tokenizer; load it with retention.load to use text")
+        raise ValueError("the model has no tokenizer, so it takes no text: put a tokenizer.json into its folder")
     if not text:
         raise ValueError(f"{name} is empty; give at least one character")
     if chat:

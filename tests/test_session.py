@@ -137,6 +137,15 @@ def test_bad_input_is_named(model, call, message):
         call(model[0])
 
 
+def test_without_a_tokenizer_a_model_serves_ids_alone(tmp_path):
+    folder = tiny.write_folder(tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    bare = retention.load(folder)
+    assert bare.gates is None and bare.logits([[1, 2, 3]]).shape == (1, 3, 600)
+    with pytest.raises(ValueError, match="has no tokenizer, so it takes no text"):
+        retention.generate(bare, ["A letter."], budget=None)
+
+
 PREFILL = """
 import resource, sys
 import retention

