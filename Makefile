@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-all lint clean
+.PHONY: help demo test test-all aot aot-quick lint clean
 .DEFAULT_GOAL := help
 
 help:      ## list these targets
@@ -12,17 +12,30 @@ demo: .venv/installed       ## a real model answers from a long document, with a
 	$(BIN)/python -m experiments.demo --workdir=runs/demo
 
 test: .venv/installed       ## the quick tests
-	$(BIN)/python -m pytest -m "not slow and not compare"
+	$(BIN)/python -m pytest -m "not slow and not compare and not aot"
 
 test-all: .venv/installed-compare       ## every test, the slow ones and those against PyTorch too
 	$(BIN)/python -m pytest
+
+# JAX_PLATFORMS: else jax looks for the accelerators whose compilers it finds.
+aot: aot-quick       ## compile every kernel at real sizes for five TPU generations and an H100, and table what they need
+	JAX_PLATFORMS=cpu .venv-aot/bin/python -m experiments.aot --workdir=runs/aot
+
+aot-quick: .venv-aot/installed       ## the part of it that CI runs
+	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -m "aot and not slow"
 
 lint: .venv/installed       ## ruff
 	$(BIN)/ruff check .
 
 clean:     ## remove .venv, caches and build artefacts, but not runs/
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-aot build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The compilers stand apart: a jax that finds a CUDA plugin and no CUDA complains at every import.
+.venv-aot/installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv-aot
+	.venv-aot/bin/python -m pip install -e ".[dev,aot]"
+	touch $@
 
 .venv/installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "This needs Python 3.11 or later: make PYTHON=/path/to/python3.11 ...")'

@@ -1,0 +1,81 @@
+"""Times what this project is fast at, as ratios to ceilings measured in the same run: python -m experiments.benchmark --suite=kernels --workdir=runs/kernels.
+
+kernels: each operation at real sizes on whatever device jax finds, beside the rival that its issue names, and beside the bandwidth of a plain copy. The
+times of a busy machine are worth nothing; the ratios hold as long as both sides were equally disturbed.
+"""
+
+import csv
+import importlib
+import pathlib
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from pallas_kernels import operations
+
+SUITE = flags.DEFINE_enum("suite", "kernels", ["kernels"], "What to time.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder for the suite's CSV.", required=True)
+OPERATIONS = flags.DEFINE_list("operations", operations.NAMES, "Which operations.")
+
+
+def seconds(function, *arguments) -> float:
+    """Median seconds of a call of jit(function), compiled and warm."""
+    function = jax.jit(function)
+    start = time.perf_counter()
+    jax.block_until_ready(function(*arguments))
+    jax.block_until_ready(function(*arguments))
+    # On an accelerator calls are queued, so that the host's own time hides behind the device's. A CPU would run them side by side.
+    queued = 1 if jax.default_backend() == "cpu" else 10
+    samples = []
+    while len(samples) < 5 or (len(samples) < 21 and time.perf_counter() - start < 10):
+        begin = time.perf_counter()
+        for _ in range(queued):
+            out = function(*arguments)
+        jax.block_until_ready(out)
+        samples.append((time.perf_counter() - begin) / queued)
+    return statistics.median(samples)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a copy of a large array reads and writes."""
+    x = jnp.zeros((64 if jax.default_backend() == "cpu" else 512) << 20, jnp.int8)
+    return 2 * x.nbytes / seconds(lambda x: x ^ jnp.int8(1), x)
+
+
+def read_bandwidth() -> float:
+    """Bytes a second that the sum of a large float32 array reads."""
+    x = jnp.zeros((64 if jax.default_backend() == "cpu" else 256) << 20, jnp.float32)
+    return x.nbytes / seconds(jnp.sum, x)
+
+
+def main(_):
+    platform = jax.default_backend()
+    device = jax.devices()[0].device_kind
+    copy, read = copy_bandwidth(), read_bandwidth()
+    print(f"{device}: a copy moves {copy / 1e9:.1f} GB/s, a sum reads {read / 1e9:.1f} GB/s")
+    rows = []
+    for name in OPERATIONS.value:
+        for row in importlib.import_module(f"pallas_kernels.{name}.bench").rows(platform, seconds):
+            rivals = row.pop("rivals", {})
+            if "bytes" in row:
+                row["of_copy"] = round(row["bytes"] / row["seconds"] / copy, 3)
+            if "flops" in row:
+                row["tflops"] = round(row["flops"] / row["seconds"] / 1e12, 2)
+            row["against"] = "; ".join(f"{rival} {s / row['seconds']:.2f}x as long" for rival, s in rivals.items())
+            row = {"device": device, **row}
+            rows.append(row)
+            print("  ".join(f"{key} {value}" for key, value in row.items() if key != "device" and value != ""), flush=True)
+    path = pathlib.Path(WORKDIR.value)
+    path.mkdir(parents=True, exist_ok=True)
+    columns = ("device", "operation", "shape", "seconds", "bytes", "of_copy", "flops", "tflops", "against")
+    with open(path / f"{SUITE.value}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,1 @@
+from pallas_kernels.ragged_prefill import reference, tpu

@@ -1,0 +1,343 @@
+"""The TPU kernels (Mosaic): flash attention forward, and its backward pass as one kernel for dk, dv, dlog_beta and one for dq.
+
+A tile is a block of queries, with all G query heads of one kv head, against a block of keys: bias and retained mass depend on the kv head alone and are
+computed once for the G of them. A schedule made by XLA lists the tiles that hold anything visible, so that neither the future nor other documents cost
+a step of the grid; a tile that is visible in full needs no mask.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.retention_attention.reference import first_of_document, last_of_document
+from pallas_kernels.retention_attention.vjp import differentiable
+
+LANES = 128
+LOG2E = math.log2(math.e)  # logits are in base 2 in the kernels: the hardware's exponential
+ROWS = 1024  # query rows of a tile at most, unless 128 queries of G heads are more
+KEYS = 512  # keys of a tile at most
+# What a hidden entry's bias is. Not -inf: a row may meet hidden entries alone before its first visible one, and has them for its maximum till then.
+HIDDEN = -1e30
+# A step of the schedule is one word: the block whose result it adds to, the block it meets, and these.
+FIRST, LAST, LIVE, MASKED = 1, 2, 4, 8
+OWN, OTHER = 17, 4
+
+
+def blocks(length: int, group: int) -> tuple[int, int, int]:
+    """(T padded, queries of a block, keys of a block)."""
+    enough = pl.next_power_of_2(max(length, LANES))
+    queries = min(KEYS, enough, max(LANES, pl.next_power_of_2(ROWS // group + 1) // 2))
+    keys = min(KEYS, enough)
+    return pl.cdiv(length, keys) * keys, queries, keys
+
+
+def own(word):
+    return word >> OWN
+
+
+def other(word):
+    return word >> OTHER & (1 << OWN - OTHER) - 1
+
+
+def schedule(low: jax.Array, high: jax.Array, full_low: jax.Array, full_high: jax.Array, most: int) -> tuple[jax.Array, jax.Array, int]:
+    """The steps of all blocks, one behind the other: block i meets blocks low[i]..high[i], of which full_low[i]..full_high[i] need no mask.
+
+    All [B,n] int32, ends included. Returns words [B*most] and how many steps the longest sequence takes. A shorter one then stays where it is, not LIVE.
+    """
+    end = jnp.cumsum(high - low + 1, axis=1)
+    step = jnp.arange(most)
+    block = jax.vmap(lambda end: jnp.searchsorted(end, step, side="right"))(end)
+    block = jnp.minimum(block, low.shape[1] - 1)
+    low, high, full_low, full_high, block_end = (jnp.take_along_axis(x, block, axis=1) for x in (low, high, full_low, full_high, end))
+    met = jnp.minimum(high - block_end + 1 + step, high)
+    flags = FIRST * (met == low) + LAST * (met == high) + LIVE + MASKED * ((met < full_low) | (met > full_high))
+    words = block << OWN | met << OTHER | jnp.where(step < end[:, -1:], flags, 0)
+    return words.reshape(-1), jnp.max(end[:, -1]), most
+
+
+def queries_schedule(first, queries, keys):
+    """Of blocks of queries, from first [B,T]: the keys from the first query's document on up to the last query."""
+    batch, length = first.shape
+    begin = jnp.arange(0, length, queries)
+    low, high = first[:, begin] // keys, jnp.broadcast_to((begin + queries - 1) // keys, (batch, len(begin)))
+    full_low, full_high = pl.cdiv(first[:, begin + queries - 1], keys), jnp.broadcast_to((begin + 1) // keys - 1, high.shape)
+    return schedule(low, high, full_low, full_high, sum((i + queries - 1) // keys + 1 for i in range(0, length, queries)))
+
+
+def keys_schedule(last, queries, keys):
+    """Of blocks of keys, from last [B,T]: the queries from the first key on up to the end of the last key's document."""
+    batch, length = last.shape
+    begin = jnp.arange(0, length, keys)
+    low, high = jnp.broadcast_to(begin // queries, (batch, len(begin))), last[:, begin + keys - 1] // queries
+    full_low, full_high = jnp.broadcast_to(pl.cdiv(begin + keys - 1, queries), low.shape), (last[:, begin] + 1) // queries - 1
+    return schedule(low, high, full_low, full_high, sum((length - i) // queries for i in range(0, length, keys)))
+
+
+def wide(x, n):
+    """(rows, LANES), all lanes equal, -> (rows, n)"""
+    return x[:, :n] if n < LANES else jnp.concatenate([x] * (n // LANES), axis=1)
+
+
+def by_lane(x):
+    """The sum over the last axis, but for the last step: (rows, n) -> (rows, LANES)"""
+    return sum(x[:, i : i + LANES] for i in range(0, x.shape[1], LANES))
+
+
+def column(row):
+    """(1, n) -> (n, LANES), all lanes equal"""
+    return jnp.transpose(jnp.broadcast_to(row, (LANES, row.shape[1])))
+
+
+def product(a, b, contract):
+    """a.b over one axis of each, in float32; what is float32 stays it."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+
+
+def distances(shape, queries_axis, queries, keys):
+    """Of each entry of a tile: how far its key lies behind its query."""
+    return queries - keys + jax.lax.broadcasted_iota(jnp.int32, shape, queries_axis) - jax.lax.broadcasted_iota(jnp.int32, shape, 1 - queries_axis)
+
+
+def masked_or_not(word, tile):
+    """Runs tile(masked) for a step's tile, as its word says."""
+    pl.when((word & LIVE != 0) & (word & MASKED != 0))(functools.partial(tile, True))
+    pl.when((word & LIVE != 0) & (word & MASKED == 0))(functools.partial(tile, False))
+
+
+def forward_kernel(words, q, k, v, log_beta, last, out, lse, mass, sums, largest, total, retained, *, most):
+    word = words[pl.program_id(0) * most + pl.program_id(2)]
+    group, queries, dim = q.shape
+    keys = k.shape[0]
+
+    @pl.when(word & FIRST != 0)
+    def _():
+        sums[...] = jnp.zeros_like(sums)
+        largest[...] = jnp.full_like(largest, -jnp.inf)
+        total[...] = jnp.zeros_like(total)
+        retained[...] = jnp.zeros_like(retained)
+
+    def tile(masked):
+        begin = own(word) * queries
+        distance = distances((queries, keys), 0, begin, other(word) * keys)
+        bias = 0.0 if log_beta is None else distance.astype(jnp.float32) * (log_beta[...] * LOG2E)
+        if masked:
+            time = begin + jax.lax.broadcasted_iota(jnp.int32, distance.shape, 0)
+            bias = jnp.where((distance >= 0) & (time <= last[...]), bias, HIDDEN)
+        if log_beta is not None:
+            retained[...] += by_lane(jnp.exp2(bias))
+        for g in range(group):
+            at = slice(g * queries, (g + 1) * queries)
+            logits = product(q[g], k[...], (1, 1)) * (dim**-0.5 * LOG2E) + bias
+            new_largest = jnp.maximum(largest[at], jnp.max(logits, axis=1, keepdims=True))
+            weights, decay = jnp.exp2(logits - wide(new_largest, keys)), jnp.exp2(largest[at] - new_largest)
+            total[at] = total[at] * decay + by_lane(weights)
+            sums[at] = sums[at] * wide(decay, dim) + product(weights.astype(v.dtype), v[...], (1, 0))
+            largest[at] = new_largest
+
+    masked_or_not(word, tile)
+
+    @pl.when(word & LAST != 0)
+    def _():
+        for g in range(group):
+            at = slice(g * queries, (g + 1) * queries)
+            all_lanes = jnp.sum(total[at], axis=1, keepdims=True)
+            out[g] = (sums[at] / all_lanes).astype(out.dtype)
+            lse[g : g + 1] = jnp.transpose((largest[at] + jnp.log2(all_lanes)) / LOG2E)[:1]
+        if mass is not None:
+            mass[...] = jnp.sum(jnp.transpose(retained[...]), axis=0, keepdims=True)
+
+
+def keys_kernel(words, q, k, v, log_beta, first, lse, delta, dout, dmass, dk, dv, dlog_beta, sums_k, sums_v, sums_beta, beta, *, most):
+    """Tiles lie transposed here, [keys, queries], so that what each query brings lies along lanes."""
+    word = words[pl.program_id(0) * most + pl.program_id(2)]
+    group, queries, dim = q.shape
+    keys = k.shape[0]
+
+    @pl.when(word & FIRST != 0)
+    def _():
+        sums_k[...] = jnp.zeros_like(sums_k)
+        sums_v[...] = jnp.zeros_like(sums_v)
+        sums_beta[...] = jnp.zeros_like(sums_beta)
+        if log_beta is not None:
+            beta[...] = column(log_beta[...] * LOG2E)
+
+    def tile(masked):
+        begin = own(word) * keys
+        distance = distances((keys, queries), 1, other(word) * queries, begin)
+        bias = 0.0 if log_beta is None else distance.astype(jnp.float32) * wide(beta[...], queries)
+        if masked:
+            index = begin + jax.lax.broadcasted_iota(jnp.int32, distance.shape, 0)
+            bias = jnp.where((distance >= 0) & (index >= first[...]), bias, HIDDEN)
+        dbias = 0.0 if log_beta is None else dmass[...] * jnp.exp2(bias)
+        for g in range(group):
+            logits = product(k[...], q[g], (1, 1)) * (dim**-0.5 * LOG2E) + bias
+            weights = jnp.exp2(logits - lse[g : g + 1] * LOG2E)
+            sums_v[...] += product(weights.astype(dout.dtype), dout[g], (1, 0))
+            dlogits = weights * (product(v[...], dout[g], (1, 1)) - delta[g : g + 1])
+            sums_k[...] += product(dlogits.astype(q.dtype), q[g], (1, 0))
+            dbias += dlogits
+        if log_beta is not None:
+            sums_beta[...] += by_lane(dbias * distance.astype(jnp.float32))
+
+    masked_or_not(word, tile)
+
+    @pl.when(word & LAST != 0)
+    def _():
+        dk[...] = (sums_k[...] * dim**-0.5).astype(dk.dtype)
+        dv[...] = sums_v[...].astype(dv.dtype)
+        if log_beta is not None:
+            dlog_beta[...] = jnp.sum(jnp.transpose(sums_beta[...]), axis=0, keepdims=True)
+
+
+def queries_kernel(words, q, k, v, log_beta, last, lse, delta, dout, dq, sums, lse_column, delta_column, *, most):
+    word = words[pl.program_id(0) * most + pl.program_id(2)]
+    group, queries, dim = q.shape
+    keys = k.shape[0]
+
+    @pl.when(word & FIRST != 0)
+    def _():
+        sums[...] = jnp.zeros_like(sums)
+        for g in range(group):
+            at = slice(g * queries, (g + 1) * queries)
+            lse_column[at] = column(lse[g : g + 1] * LOG2E)
+            delta_column[at] = column(delta[g : g + 1])
+
+    def tile(masked):
+        begin = own(word) * queries
+        distance = distances((queries, keys), 0, begin, other(word) * keys)
+        bias = 0.0 if log_beta is None else distance.astype(jnp.float32) * (log_beta[...] * LOG2E)
+        if masked:
+            time = begin + jax.lax.broadcasted_iota(jnp.int32, distance.shape, 0)
+            bias = jnp.where((distance >= 0) & (time <= last[...]), bias, HIDDEN)
+        for g in range(group):
+            at = slice(g * queries, (g + 1) * queries)
+            logits = product(q[g], k[...], (1, 1)) * (dim**-0.5 * LOG2E) + bias
+            weights = jnp.exp2(logits - wide(lse_column[at], keys))
+            dlogits = weights * (product(dout[g], v[...], (1, 1)) - wide(delta_column[at], keys))
+            sums[at] += product(dlogits.astype(k.dtype), k[...], (1, 0))
+
+    masked_or_not(word, tile)
+
+    @pl.when(word & LAST != 0)
+    def _():
+        dq[...] = (sums[...] * dim**-0.5).reshape(dq.shape).astype(dq.dtype)
+
+
+def specs(most: int, own_queries: bool, group: int, queries: int, keys: int, dim: int) -> dict:
+    """Where a step's blocks lie, by kind of array; own_queries: whether it is queries that the schedule's steps add to."""
+
+    def spec(of_queries, block, place):
+        def index(b, h, step, words):
+            word = words[b * most + step]
+            return place(b, h, own(word) if of_queries == own_queries else other(word))
+
+        return pl.BlockSpec(block, index)
+
+    return {
+        "q": spec(True, (None, None, group, queries, dim), lambda b, h, i: (b, h, 0, i, 0)),  # [B, H, G, T, D]
+        "k": spec(False, (None, None, keys, dim), lambda b, h, i: (b, h, i, 0)),  # [B, H, T, D]
+        "lse": spec(True, (None, None, group, queries), lambda b, h, i: (b, h, 0, i)),  # [B, H, G, T]
+        "mass": spec(True, (None, None, 1, queries), lambda b, h, i: (b, h, 0, i)),  # [B, H, 1, T]
+        "beta": spec(False, (None, None, 1, keys), lambda b, h, i: (b, h, 0, i)),  # [B, H, 1, T]
+        "first": spec(True, (None, 1, queries), lambda b, h, i: (b, 0, i)),  # [B, 1, T]
+        "last": spec(False, (None, 1, keys), lambda b, h, i: (b, 0, i)),  # [B, 1, T]
+    }
+
+
+def call(kernel, plan, sizes, own_queries, inputs, outputs, scratch, products, interpret):
+    """Runs kernel over batch, kv heads and the steps of `plan`. inputs, outputs: (kind, array or its shape) each, None instead of what there is not."""
+    words, steps, most = plan
+    kinds = specs(most, own_queries, *sizes)
+    spec = lambda x: None if x is None else kinds[x[0]]
+    value = lambda x: None if x is None else x[1]
+    batch, heads, group, length, dim = inputs[0][1].shape
+    cost = pl.CostEstimate(
+        flops=products * batch * heads * group * length**2 * dim,
+        transcendentals=batch * heads * (group + 1) * length**2 // 2,
+        bytes_accessed=sum(x[1].size * x[1].dtype.itemsize for x in [*inputs, *outputs] if x is not None),
+    )
+    return pl.pallas_call(
+        functools.partial(kernel, most=most),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, heads, steps),
+            in_specs=[spec(x) for x in inputs],
+            out_specs=[spec(x) for x in outputs],
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+        ),
+        out_shape=[value(x) for x in outputs],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=cost,
+        interpret=interpret,
+        name=kernel.__name__,
+    )(words, *[value(x) for x in inputs])
+
+
+def time_last(x, padded):
+    """[B,T,H,..,D] -> [B,H,..,T,D], zeros up to `padded` tokens."""
+    x = jnp.moveaxis(x, 1, -2)
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, padded - x.shape[-2]), (0, 0)])
+
+
+def time_second(x, length):
+    return jnp.moveaxis(x[..., :length, :], -2, 1)
+
+
+def documents(segment_ids, batch, length, padded):
+    """first_of_document and last_of_document, [B,padded] each; padding belongs to the last document, in which nothing before it sees it."""
+    if segment_ids is not None:
+        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padded - length)), mode="edge")
+    return first_of_document(segment_ids, (batch, padded)), last_of_document(segment_ids, (batch, padded))
+
+
+def forward(q, k, v, log_beta, segment_ids, interpret=False):
+    batch, length, heads, group, dim = q.shape
+    padded, queries, keys = blocks(length, group)
+    first, last = documents(segment_ids, batch, length, padded)
+    rows = (group * queries, LANES)
+    per_key = None if log_beta is None else ("beta", time_last(log_beta[..., None], padded)[..., 0][:, :, None])
+    inputs = [("q", time_last(q, padded)), ("k", time_last(k, padded)), ("k", time_last(v, padded)), per_key, ("last", last[:, None])]
+    shape = jax.ShapeDtypeStruct
+    outputs = [
+        ("q", shape((batch, heads, group, padded, dim), q.dtype)),
+        ("lse", shape((batch, heads, group, padded), jnp.float32)),
+        None if log_beta is None else ("mass", shape((batch, heads, 1, padded), jnp.float32)),
+    ]
+    plan = queries_schedule(first, queries, keys)
+    scratch = [(group * queries, dim), rows, rows, (queries, LANES)]
+    out, lse, mass = call(forward_kernel, plan, (group, queries, keys, dim), True, inputs, outputs, scratch, 2, interpret)
+    return time_second(out, length), None if mass is None else time_second(mass[:, :, 0, :, None], length)[..., 0], lse[..., :length]
+
+
+def backward(q, k, v, log_beta, segment_ids, lse, delta, dout, dmass, interpret=False):
+    batch, length, heads, group, dim = q.shape
+    padded, queries, keys = blocks(length, group)
+    first, last = documents(segment_ids, batch, length, padded)
+    rows = (group * queries, LANES)
+    per_key = None if log_beta is None else ("beta", time_last(log_beta[..., None], padded)[..., 0][:, :, None])
+    per_query = None if log_beta is None else ("mass", time_last(dmass[..., None], padded)[..., 0][:, :, None])
+    q, k, v, dout = (time_last(x, padded) for x in (q, k, v, dout))
+    lse, delta = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padded - length))) for x in (lse, delta))
+    shape = jax.ShapeDtypeStruct
+    inputs = [("q", q), ("k", k), ("k", v), per_key, ("first", first[:, None]), ("lse", lse), ("lse", delta), ("q", dout), per_query]
+    outputs = [("k", shape(k.shape, k.dtype)), ("k", shape(v.shape, v.dtype)), None if log_beta is None else ("beta", shape(per_key[1].shape, jnp.float32))]
+    plan = keys_schedule(last, queries, keys)
+    scratch = [(keys, dim), (keys, dim), (keys, LANES), (keys, LANES)]
+    dk, dv, dbeta = call(keys_kernel, plan, (group, queries, keys, dim), False, inputs, outputs, scratch, 4, interpret)
+    inputs = [("q", q), ("k", k), ("k", v), per_key, ("last", last[:, None]), ("lse", lse), ("lse", delta), ("q", dout)]
+    plan = queries_schedule(first, queries, keys)
+    scratch = [(group * queries, dim), rows, rows]
+    [dq] = call(queries_kernel, plan, (group, queries, keys, dim), True, inputs, [("q", shape(q.shape, q.dtype))], scratch, 3, interpret)
+    dbeta = None if dbeta is None else time_second(dbeta[:, :, 0, :, None], length)[..., 0]
+    return time_second(dq, length), time_second(dk, length), time_second(dv, length), dbeta
+
+
+def retention_attention(q, k, v, log_beta=None, segment_ids=None, interpret=False):
+    """As the operation of this name. interpret: what pallas_call takes."""
+    passes = (functools.partial(f, interpret=interpret) for f in (forward, backward))
+    return differentiable(*passes)(q, k, v, log_beta, segment_ids)
