@@ -35,7 +35,7 @@ def programs(name: str) -> Iterator[Program]:
         static = {key: value for key, value in given.items() if key not in arrays}
 
         def function(implementation, static=static):
-            return lambda arrays: operation(**arrays, **static, implementation=implementation)
+            return lambda given: operation(**given, **static, implementation=implementation)
 
         yield Program(name, label, function, arrays, ("pool",) if name == "compact" else ())
         if name == "retention_attention":

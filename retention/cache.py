@@ -15,8 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.compact import Buffer, Pool, compact
+from pallas_kernels.global_topk import select_keys
+from pallas_kernels.global_topk.reference import HIGHEST, LOWEST, ordered_keys, top_k_mask
+
 SCOPES = ("global", "layer", "head", "shared")
-LOWEST, HIGHEST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 
 
 class Cache(NamedTuple):
@@ -112,33 +115,6 @@ def append(cache: Cache, keys: jax.Array, values: jax.Array, stat: jax.Array, va
     )
 
 
-def ordered_keys(score: jax.Array, valid: jax.Array, protected: jax.Array) -> jax.Array:
-    """int32 keys that sort as the float32 scores do: -0.0 as +0.0, NaN as -inf; what is not valid below them all, what is protected above."""
-    # (Adding 0.0 would turn -0.0 into +0.0 too, but not under jit, where XLA takes the sum for its first term.)
-    score = jnp.where(jnp.isnan(score), -jnp.inf, jnp.where(score == 0, 0.0, score.astype(jnp.float32)))
-    bits = jax.lax.bitcast_convert_type(score, jnp.int32)
-    keys = jnp.where(bits < 0, bits ^ HIGHEST, bits)
-    return jnp.where(valid, jnp.where(protected, HIGHEST, keys), LOWEST)
-
-
-def top_k_mask(keys: jax.Array, k: jax.Array) -> jax.Array:
-    """The k largest of keys [..., N] int32 as a mask; k [...] int32. Exactly k, or all above LOWEST if those are fewer; ties in slot order.
-
-    The k-th largest key is found bit by bit, by counting: 32 sweeps and no sort.
-    """
-
-    def refine(i, threshold):
-        candidate = threshold + jnp.left_shift(jnp.int32(1), 31 - i)
-        enough = jnp.sum(keys >= candidate[..., None], axis=-1, dtype=jnp.int32) >= k
-        return jnp.where(enough, candidate, threshold)
-
-    threshold = jax.lax.fori_loop(0, 32, refine, jnp.full(keys.shape[:-1], LOWEST, jnp.int32))[..., None]
-    above = keys > threshold
-    tied = (keys == threshold) & (keys > LOWEST)
-    quota = k[..., None] - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
-    return above | (tied & (jnp.cumsum(tied, axis=-1, dtype=jnp.int32) <= quota))
-
-
 def raise_floor(keys: jax.Array, stream: jax.Array, floor: int) -> jax.Array:
     """Lets every stream keep its top `floor` entries and ranks each of its others by the key `floor` places above it in its stream.
 
@@ -198,8 +174,6 @@ def select(cache: Cache, score: Callable, scope: str, sinks: int = 0, window: in
         if floor:
             new_stream = jnp.broadcast_to(jnp.repeat(jnp.arange(streams, dtype=jnp.int32), width), (batch, streams * width))
             keys = raise_floor(keys, jnp.concatenate([stream, new_stream], axis=1), floor)
-        keep = top_k_mask(keys, streams * cache.budget)
-        keep, new_keep = keep[:, :slots], keep[:, slots:].reshape(new_stat.shape)
     else:
         # Groups of streams that compete among themselves; a group's slots are contiguous, and it owns at most its share of C.
         groups = {"layer": layers, "head": streams, "shared": streams}[scope]
@@ -224,53 +198,21 @@ def select(cache: Cache, score: Callable, scope: str, sinks: int = 0, window: in
             new_key = keys_of(new_stat, new_position, new_live).reshape(batch, groups, members * width)
             limit = jnp.broadcast_to(members * cache.budget[:, None], (batch, groups))
             keep = top_k_mask(jnp.concatenate([old_key, new_key], axis=2), limit)
-        new_keep = keep[:, :, share:].reshape(new_stat.shape)
         group = stream // members
         row = jnp.arange(batch)[:, None]
-        keep = live & keep[row, group, jnp.clip(slot - group_start[row, group], 0, share - 1)]
-    return compact(cache, stream, keep, new_keep)
-
-
-def compact(cache: Cache, stream: jax.Array, keep: jax.Array, new_keep: jax.Array) -> Cache:
-    """Moves what is kept to its stream's segment: first what the pool held, then what the buffer held, each in its old order.
-
-    stream, keep: [B, C]; new_keep: [B, S, W]. At most C entries may be kept.
-    """
-    batch, slots = keep.shape
-    streams, width = new_keep.shape[1:]
-    layers, heads = cache.buffer_stat.shape[0], cache.buffer_stat.shape[2]
-    row = jnp.arange(batch, dtype=jnp.int32)[:, None]
-    # How many the pool keeps before each slot, and so in each stream: [B, C+1], [B, S]
-    before = jnp.pad(jnp.cumsum(keep, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
-    first = before[row, cache.starts[:, :-1]]
-    old_count = before[row, cache.starts[:, 1:]] - first
-    new_rank = jnp.cumsum(new_keep, axis=2, dtype=jnp.int32)
-    count = old_count + new_rank[:, :, -1]
-    starts = jnp.pad(jnp.cumsum(count, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
-    # Where each entry goes; what is dropped goes past the end, [B, C + S*W]
-    target = jnp.where(keep, starts[row, stream] + before[:, :-1] - first[row, stream], slots)
-    new_target = jnp.where(new_keep, (starts[:, :-1] + old_count)[:, :, None] + new_rank - 1, slots)
-    targets = jnp.concatenate([target, new_target.reshape(batch, -1)], axis=1)
-    entry = jnp.broadcast_to(jnp.arange(targets.shape[1], dtype=jnp.int32), targets.shape)
-    # The entry that comes to each slot, [B, C]
-    source = jnp.zeros((batch, slots), jnp.int32).at[row, targets].set(entry, mode="drop")
-    from_pool = source < slots
-    pool_index = row * slots + jnp.minimum(source, slots - 1)
-    layer, head, token = jnp.unravel_index(jnp.maximum(source - slots, 0), (layers, heads, width))
-    buffer_index = ((layer * batch + row) * heads + head) * width + token
-
-    def move(pool, buffer):
-        tail = pool.shape[2:]
-        kept, new = pool.reshape(-1, *tail)[pool_index], buffer.reshape(-1, *tail)[buffer_index]
-        return jnp.where(from_pool.reshape(batch, slots, *[1] * len(tail)), kept, new)
-
-    position = jnp.where(from_pool, cache.position[row, jnp.minimum(source, slots - 1)], cache.buffer_position[row, token])
+        old_keep = live & keep[row, group, jnp.clip(slot - group_start[row, group], 0, share - 1)]
+        # What is chosen outranks all else, and nothing else is valid: the selection below keeps it and finds its places.
+        chosen = jnp.concatenate([old_keep, keep[:, :, share:].reshape(batch, streams * width)], axis=1)
+        keys = jnp.where(chosen, HIGHEST, LOWEST)
+    selection = select_keys(keys, streams * cache.budget, cache.starts, width)
+    pool = compact(
+        Pool(cache.keys, cache.values, cache.stat, cache.position),
+        Buffer(cache.buffer_keys, cache.buffer_values, cache.buffer_stat, cache.buffer_position),
+        selection.destinations,
+    )
     return cache._replace(
-        keys=move(cache.keys, cache.buffer_keys),
-        values=move(cache.values, cache.buffer_values),
-        stat=move(cache.stat, cache.buffer_stat),
-        position=position,
-        starts=starts,
+        **pool._asdict(),
+        starts=jnp.pad(jnp.cumsum(selection.counts, axis=1, dtype=jnp.int32), ((0, 0), (1, 0))),
         buffered=jnp.zeros_like(cache.buffered),
     )
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from retention.attention import causal_attention
+from retention.attention import retention_attention
 
 # attend(carry, x, q [B,T,H,G,D], k [B,T,H,D], v [B,T,H,D], h [B,T,E]) -> (carry, out [B,T,H,G,D], y)
 # carry threads through the layers (a cache), x is this layer's slice of the scanned inputs (its index, its gate), h is the output of the input norm,
@@ -228,7 +228,7 @@ def bind(config: Config, params: dict) -> Decoder:
 
 def plain_attend(carry, layer_input, q, k, v, h):
     """Causal attention over the tokens at hand: the full cache, no gates."""
-    return carry, causal_attention(q, k, v), None
+    return carry, retention_attention(q, k, v)[0], None
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from retention import cache as cache_lib
 from retention import gates as gates_lib
 from retention import policies
-from retention.attention import Segments, segments_attention
+from retention.attention import cached_attention
 from retention.cache import Cache
 from retention.model import Config, bind
 
@@ -35,32 +35,17 @@ class Plan:
 def forward(plan: Plan, params: dict, gates: dict | None, cache: Cache, tokens: jax.Array, valid: jax.Array) -> tuple[jax.Array, Cache]:
     """Feeds each sequence its next valid[b] of tokens [B,T]; they attend to pool, buffer and themselves. Returns hidden [B,T,E] and the new cache."""
     config = plan.config
-    batch, length = tokens.shape
-    heads, slots, width = config.kv_heads, cache.keys.shape[1], cache.buffer_position.shape[1]
-    positions = cache.seen[:, None] + jnp.arange(length, dtype=jnp.int32)
-    row = jnp.arange(batch, dtype=jnp.int32)[:, None]
-    head = jnp.arange(heads, dtype=jnp.int32)
-    shape = (batch, heads, length)
-    # The cache as flat slots: reshapes, no copies. The layers only read it, and the new entries join it once, after the last: an array that a loop
-    # both writes and reads piecewise is one that XLA copies in every round.
-    pool = [x.reshape(-1, config.head_dim) for x in (cache.keys, cache.values)]
-    buffer = [x.reshape(-1, config.head_dim) for x in (cache.buffer_keys, cache.buffer_values)]
-    buffered = jnp.broadcast_to(cache.buffered[:, None, None], shape)
-    themselves = jnp.broadcast_to(jnp.arange(1, length + 1), shape)
+    positions = cache.seen[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    head = jnp.arange(config.kv_heads, dtype=jnp.int32)
 
+    # The layers only read the cache, and the new entries join it once, after the last: an array that a loop both writes and reads piecewise is one that
+    # XLA copies in every round.
     def attend(carry, layer_input, q, k, v, h):
         layer, gate = layer_input
-        log_beta = None if gate is None else gates_lib.log_beta(gate, h, heads)
-        stream = layer * heads + head
-        new = [jnp.swapaxes(x, 1, 2).reshape(-1, config.head_dim) for x in (k, v)]
-        sources = [
-            Segments(*buffer, ((layer * batch + row) * heads + head) * width, buffered),
-            Segments(*new, (row * heads + head) * length, themselves),
-        ]
-        if slots:
-            start, end = cache.starts[row, stream], cache.starts[row, stream + 1]
-            sources.insert(0, Segments(*pool, row * slots + start, jnp.broadcast_to((end - start)[:, :, None], shape)))
-        return carry, segments_attention(q, sources), (k, v, plan.policy.stat(log_beta, positions, stream))
+        log_beta = None if gate is None else gates_lib.log_beta(gate, h, config.kv_heads)
+        pool, buffer = (cache.keys, cache.values, cache.starts), (cache.buffer_keys, cache.buffer_values, cache.buffered)
+        out = cached_attention(q, k, v, valid, *pool, *buffer, layer)
+        return carry, out, (k, v, plan.policy.stat(log_beta, positions, layer * config.kv_heads + head))
 
     layer_gates = gates_lib.per_layer(gates, config, plan.gate) if plan.policy.gated else None
     layer_inputs = (jnp.arange(config.layers, dtype=jnp.int32), layer_gates)

@@ -7,10 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retention.attention import Segments, causal_attention, segments_attention
+from retention.attention import retention_attention
+
+
+
+def causal_attention(q, k, v, log_beta=None):
+    return retention_attention(q, k, v, log_beta)[0]
+
 
 causal = jax.jit(causal_attention)
-segments = jax.jit(segments_attention)
 
 
 def normal(seed, *shape):
@@ -137,128 +142,6 @@ def test_storage_in_bfloat16_keeps_softmax_in_float32():
     assert out.dtype == jnp.bfloat16
     q, k, v = (np.asarray(x, np.float32) for x in rounded)
     np.testing.assert_allclose(np.asarray(out, np.float32)[0], by_hand(q[0], k[0], v[0], np.tri(200, dtype=bool), log_beta[0]), atol=0.02)
-
-
-# Ragged segments.
-
-D = 4
-
-
-def scatter(lengths, room, slots, seed=0, dead=np.nan):
-    """Segments of these lengths [B,H], each in `room` slots or, with None, end to end so that the last ends with the last slot.
-
-    Returns the flat keys and values, dead slots holding `dead`, and the start of each segment.
-    """
-    lengths = np.asarray(lengths)
-    flat = lengths.reshape(-1)
-    starts = np.arange(flat.size) * room if room else slots - flat.sum() + np.cumsum(flat) - flat
-    keys, values = np.full((2, slots, D), dead, np.float32)
-    for i, (start, length) in enumerate(zip(starts, flat, strict=True)):
-        keys[start : start + length], values[start : start + length] = normal(seed + i, 2, length, D)
-    return keys, values, starts.reshape(lengths.shape).astype(np.int32)
-
-
-def expected_segments(q, sources):
-    """Each query against the entries that it sees in all sources, gathered by hand."""
-    out = np.zeros(q.shape)
-    batch, length, heads, group, dim = q.shape
-    for b, t, h in np.ndindex(batch, length, heads):
-        seen = [slice(s.start[b, h], s.start[b, h] + s.limit[b, h, t]) for s in sources]
-        keys = np.concatenate([s.keys[w] for s, w in zip(sources, seen, strict=True)]).astype(np.float64)
-        values = np.concatenate([s.values[w] for s, w in zip(sources, seen, strict=True)]).astype(np.float64)
-        if len(keys):
-            out[b, t, h] = softmax(q[b, t, h].astype(np.float64) @ keys.T / np.sqrt(dim)) @ values
-    return out
-
-
-def causal_limits(lengths, tokens):
-    """The buffer's limits: query t of `tokens` sees all but the tokens after it."""
-    return np.maximum(np.asarray(lengths)[..., None] - tokens + 1 + np.arange(tokens), 0).astype(np.int32)
-
-
-def constant_limits(lengths, tokens):
-    return np.repeat(np.asarray(lengths, np.int32)[..., None], tokens, axis=2)
-
-
-def check(q, *sources, atol=2e-6):
-    out = np.asarray(segments(q, [Segments(*map(jnp.asarray, s)) for s in sources]))
-    assert out.shape == q.shape and out.dtype == q.dtype
-    np.testing.assert_allclose(out, expected_segments(q, sources), atol=atol)
-
-
-# Against one block of 128 slots (512 for a single query): empty, one entry, a block but one, a block, a block and one, many blocks.
-UNEQUAL = np.array([[0, 1], [127, 128], [129, 700]])
-
-
-@pytest.mark.parametrize("tokens, group", [(1, 1), (1, 3), (5, 3)])
-def test_pool_and_buffer_in_one_softmax(tokens, group):
-    """As the cache calls it: segments end to end up to the last slot, and a buffer of fixed room with the new tokens at its end."""
-    keys, values, start = scatter(UNEQUAL, None, 1200)
-    assert start[-1, -1] + UNEQUAL[-1, -1] == 1200
-    held = np.array([[5, 9], [5, 9], [16, 16]])
-    new_keys, new_values, new_start = scatter(held, 16, 16 * 6, seed=50)
-    check(
-        normal(7, 3, tokens, 2, group, D),
-        Segments(keys, values, start, constant_limits(UNEQUAL, tokens)),
-        Segments(new_keys, new_values, new_start, causal_limits(held, tokens)),
-    )
-
-
-@pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize("slots", [90, 130, 600])
-def test_segments_at_the_end_of_the_slots(tokens, slots):
-    """A block that would run over the end is moved back, into slots that are another's or dead."""
-    lengths = np.array([[3, 0], [1, 2], [40, 7]])
-    keys, values, start = scatter(lengths, None, slots)
-    check(normal(7, 3, tokens, 2, 2, D), Segments(keys, values, start, constant_limits(lengths, tokens)))
-    # The same with the last segments empty: they start past the last slot.
-    lengths = np.array([[3, 50], [1, 2], [0, 0]])
-    keys, values, start = scatter(lengths, None, slots)
-    assert start[-1, -1] == slots
-    check(normal(7, 3, tokens, 2, 2, D), Segments(keys, values, start, constant_limits(lengths, tokens)))
-
-
-@pytest.mark.parametrize("dead", [np.nan, np.inf, 1e30])
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_dead_slots_before_and_behind_a_segment_do_not_leak(tokens, dead):
-    lengths = np.array([[10, 30], [0, 31]])
-    keys, values, start = scatter(lengths, 32, 128, dead=dead)
-    check(normal(7, 2, tokens, 2, 2, D), Segments(keys, values, start, constant_limits(lengths, tokens)))
-
-
-def test_another_sequences_nan_stays_its_own():
-    lengths = np.array([[20, 20], [20, 20]])
-    keys, values, start = scatter(lengths, 32, 128)
-    keys[:20], values[:20] = np.nan, np.nan
-    q = normal(7, 2, 1, 2, 2, D)
-    out = np.asarray(segments(q, [Segments(*map(jnp.asarray, (keys, values, start, constant_limits(lengths, 1))))]))
-    assert np.isnan(out[0, :, 0]).all() and np.isfinite(out[0, :, 1]).all() and np.isfinite(out[1]).all()
-
-
-def test_a_query_that_sees_nothing_gets_zero():
-    lengths = np.array([[0, 4]])
-    keys, values, start = scatter(lengths, 8, 16)
-    # The first query of head 1 sees nothing, the later ones more and more.
-    limit = np.array([[[0, 0, 0], [0, 1, 4]]], np.int32)
-    q = normal(7, 1, 3, 2, 1, D)
-    check(q, Segments(keys, values, start, limit))
-    out = np.asarray(segments(q, [Segments(*map(jnp.asarray, (keys, values, start, limit)))]))
-    assert (out[0, :, 0] == 0).all() and (out[0, 0, 1] == 0).all() and np.allclose(out[0, 1, 1], values[8], atol=1e-6)
-
-
-def test_segments_equal_causal_attention():
-    """One segment per head, limits growing by one: the same thing by the other door."""
-    q, k, v, _ = inputs(301)
-    start = (np.arange(4) * 301).reshape(2, 2).astype(np.int32)
-    flat = [np.swapaxes(x, 1, 2).reshape(-1, D) for x in (k, v)]
-    limit = np.broadcast_to(np.arange(1, 302, dtype=np.int32), (2, 2, 301))
-    np.testing.assert_allclose(segments(q, [Segments(*flat, start, limit)]), causal(q, k, v), atol=2e-6)
-
-
-def test_large_logits_do_not_overflow():
-    lengths = np.array([[300, 5]])
-    keys, values, start = scatter(lengths, None, 305)
-    check(200 * normal(7, 1, 5, 2, 2, D), Segments(keys, values, start, constant_limits(lengths, 5)), atol=1e-4)
 
 
 # METHOD section 5: the theory that the method rests on, read off the attention that training uses.

@@ -19,54 +19,6 @@ quick = settings(max_examples=15, deadline=None)
 
 # The parts.
 
-N = 24
-top_k_mask = jax.jit(cache_lib.top_k_mask)
-# Few values make many ties; the extremes are the invalid and the protected.
-some_keys = st.sampled_from([INT_MIN, INT_MIN, INT_MIN + 1, -7, -1, 0, 1, 2, INT_MAX - 1, INT_MAX]) | st.integers(INT_MIN, INT_MAX)
-
-
-def sorted_top_k(keys, k):
-    """The k largest valid keys as a mask; a stable sort keeps ties in slot order."""
-    best = [i for i in np.argsort(-keys.astype(np.int64), kind="stable") if keys[i] > INT_MIN][:k]
-    return np.isin(np.arange(len(keys)), best)
-
-
-@quick
-@given(st.lists(st.lists(some_keys, min_size=N, max_size=N), min_size=2, max_size=2), st.lists(st.integers(0, N + 3), min_size=2, max_size=2))
-@example([[5] * N, [INT_MIN] * N], [10, 10])
-@example([[INT_MAX] * N, [INT_MIN + 1] * N], [3, N])
-@example([list(range(N)), [0] * N], [0, 0])
-def test_top_k_mask_is_a_stable_sort(keys, k):
-    keys = np.array(keys, np.int32)
-    mask = np.asarray(top_k_mask(keys, np.array(k, np.int32)))
-    for row in range(2):
-        np.testing.assert_array_equal(mask[row], sorted_top_k(keys[row], k[row]))
-        assert mask[row].sum() == min(k[row], (keys[row] > INT_MIN).sum())
-
-
-ordered_keys = jax.jit(cache_lib.ordered_keys)
-normal = st.floats(width=32, allow_nan=True, allow_subnormal=False)
-
-
-@quick
-@given(st.lists(normal, min_size=N, max_size=N))
-@example([0.0, -0.0, float("inf"), -float("inf"), float("nan"), -float("nan"), 1.0, -1.0, 1.2e-38, -1.2e-38, 3.4e38, -3.4e38] * 2)
-def test_ordered_keys_sort_as_the_scores_do(scores):
-    scores = np.array(scores, np.float32)
-    keys = np.asarray(ordered_keys(scores, np.ones(N, bool), np.zeros(N, bool)))
-    scores[np.isnan(scores)] = -np.inf
-    np.testing.assert_array_equal(keys[:, None] < keys, scores[:, None] < scores)
-    np.testing.assert_array_equal(keys[:, None] == keys, scores[:, None] == scores)  # -0.0 == 0.0 among them
-    assert (keys > INT_MIN).all() and (keys < INT_MAX).all()
-
-
-def test_what_is_not_valid_lies_below_and_what_is_protected_above_every_score():
-    scores = np.array([np.inf, np.inf, -np.inf, np.nan, 1.0, 1.0], np.float32)
-    keys = ordered_keys(scores, np.array([1, 0, 1, 1, 1, 0], bool), np.array([0, 0, 0, 0, 1, 1], bool))
-    assert keys[1] == keys[5] == INT_MIN, "protected or not, an invalid slot is invalid"
-    assert INT_MIN < keys[2] == keys[3] < keys[0] < keys[4] == INT_MAX
-
-
 raise_floor = jax.jit(cache_lib.raise_floor, static_argnames="floor")
 
 

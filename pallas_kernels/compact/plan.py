@@ -4,71 +4,130 @@ A block of slots is written once and whole, with all that moves to it or stays i
 read. Entries keep their order, so what crosses the border of two blocks all goes the same way: right, then the right block has to be written first, or
 left, then the left one. An entry that passes several borders gives all of them its direction. Edges between neighbours on a line make no cycle, so an
 order exists, and two sweeps follow it: up, over the blocks whose right border nothing crosses to the right, then down, over the others.
+
+The plan is scalar work, a few loops over the blocks: the kernel does it itself, before anything else, and faster than XLA would.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128  # entries that move together, by one matrix product
 
 
-class Sources(NamedTuple):
-    """What is fetched: for the pool n = N blocks of slots, for the buffer n = S streams, of g groups of LANES entries each. All int32."""
+class Spans(NamedTuple):
+    """Where the entries of n sources go, the pool's N blocks or the buffer's S streams, of g groups of LANES entries each. All int32."""
 
-    low: jax.Array  # [B, n*g] the first slot that an entry of the group goes to, past the pool if there is none ...
-    high: jax.Array  # [B, n*g] ... and the last, -1 if there is none
-    fetches: jax.Array  # [B, 2n] what to fetch, in order: in each sweep everything at most once
-    total: jax.Array  # [B, 1] fetches in all
-    first: jax.Array  # [B, N] the fetch that each step begins with, often the one that the step before ended with ...
-    count: jax.Array  # [B, N] ... and how many it needs
+    low: jax.Array  # [B, 1, n*g] the first slot that an entry of the group goes to; past the pool if there is none
+    high: jax.Array  # [B, 1, n*g] the last one; -1 if there is none
+    begin: jax.Array  # [B, 1, n] the first and the last block that an entry of the source goes to, likewise
+    end: jax.Array  # [B, 1, n]
 
 
-class Plan(NamedTuple):
-    """steps[b, 0] of N blocks are rewritten: target[b, 0], target[b, 1], ..."""
+class Fetches(NamedTuple):
+    """What the plan says of n sources, in SMEM."""
 
-    steps: jax.Array  # [B, 1] int32
-    target: jax.Array  # [B, N] int32
-    pool: Sources
-    buffer: Sources
-
-
-def plan(pool: jax.Array, buffer: jax.Array) -> Plan:
-    """pool [B,N,g,LANES], buffer [B,S,g',LANES] int32: the slot that each entry moves to, past the last block if it is dropped."""
-    blocks, block = pool.shape[1], pool.shape[2] * LANES
-    number = jnp.arange(blocks, dtype=jnp.int32)
-    # [B, n, g]
-    spans = [(jnp.min(x, axis=3), jnp.max(jnp.where(x < blocks * block, x, -1), axis=3)) for x in (pool, buffer)]
-    kept = 1 + jnp.maximum(*(jnp.max(high, axis=(1, 2)) for _, high in spans))
-    slot = jnp.arange(blocks * block, dtype=jnp.int32).reshape(pool.shape[1:])
-    changes = jnp.any((pool != slot) & (slot < kept[:, None, None, None]), axis=(2, 3))
-    down = jax.lax.cummax(jnp.max(spans[0][1], axis=2), axis=1) >= (number + 1) * block
-    order = jnp.where(changes, jnp.where(down, 2 * blocks - number, number), 2 * blocks + 1)
-    columns = [order, jnp.broadcast_to(number, order.shape), down.astype(jnp.int32)]
-    for low, high in spans:
-        # The first and the last source that has entries for each block; those between have too, or none at all. [B, N]
-        low, high = jax.lax.cummin(jnp.min(low, axis=2), axis=1, reverse=True), jax.lax.cummax(jnp.max(high, axis=2), axis=1)
-        columns.append(jnp.sum(high[:, None] < number[:, None] * block, axis=2, dtype=jnp.int32))
-        columns.append(jnp.sum(low[:, None] < (number[:, None] + 1) * block, axis=2, dtype=jnp.int32) - 1)
-    order, target, down, *ends = jax.lax.sort(columns, dimension=1, num_keys=1)
-    active = order <= 2 * blocks
-    sources = [
-        Sources(low.reshape(low.shape[0], -1), high.reshape(high.shape[0], -1), *fetches(first, last, down == 1, active, 2 * low.shape[1]))
-        for (low, high), first, last in zip(spans, ends[::2], ends[1::2], strict=True)
-    ]
-    return Plan(jnp.sum(active, axis=1, keepdims=True, dtype=jnp.int32), target, *sources)
+    source: jax.Array  # [2n] int32, what to fetch, in order: in each sweep everything at most once
+    first: jax.Array  # [N] int32, the fetch that a block begins with, often the one that the block before it ended with ...
+    count: jax.Array  # [N] int32, ... and how many it needs
 
 
-def fetches(first: jax.Array, last: jax.Array, down: jax.Array, active: jax.Array, most: int) -> tuple[jax.Array, ...]:
-    """The last four fields of Sources, for steps that need first..last (nothing if last < first), the other way round on the way down: [B,N] each."""
-    count = jnp.where(active, jnp.maximum(last - first + 1, 0), 0)
-    begin, end = jnp.where(down, last, first), jnp.where(down, first, last)
-    # What a step begins with is there if the step before it ended with it.
-    there = (count[:, 1:] > 0) & (count[:, :-1] > 0) & (begin[:, 1:] == end[:, :-1])
-    fetched = jnp.cumsum(count - jnp.pad(there, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
-    # The step that each fetch is made for, and how far from the step's first: [B, most]
-    fetch = jnp.arange(most, dtype=jnp.int32)
-    step = jnp.minimum(jnp.sum(fetched[:, None] <= fetch[:, None], axis=2), fetched.shape[1] - 1)
-    start, begin, down = (jnp.take_along_axis(x, step, axis=1) for x in (fetched - count, begin, down))
-    return begin + jnp.where(down, start - fetch, fetch - start), fetched[:, -1:], fetched - count, count
+def spans(slots: jax.Array, blocks: int, block: int) -> Spans:
+    """slots [B,n,g,LANES] int32: where each entry goes, at least blocks * block if it is dropped."""
+    batch, sources = slots.shape[:2]
+    # (XLA takes seconds to compile the same with four axes.)
+    slots = slots.reshape(batch, -1, LANES)
+    low, high = jnp.min(slots, axis=2), jnp.max(jnp.where(slots < blocks * block, slots, -1), axis=2)
+    begin, end = jnp.min(low.reshape(batch, sources, -1), axis=2) // block, jnp.max(high.reshape(batch, sources, -1), axis=2) // block
+    return Spans(*(x[:, None] for x in (low, high, begin, end)))
+
+
+def changes(slots: jax.Array, kept: jax.Array) -> jax.Array:
+    """Of the pool's slots [B,N,g,LANES]: which blocks have a slot among the first kept [B] that does not keep what it holds, [B,1,N] int32."""
+    batch, blocks = slots.shape[:2]
+    slots = slots.reshape(batch, -1, LANES)
+    slot = jnp.arange(slots[0].size, dtype=jnp.int32).reshape(slots.shape[1:])
+    changed = jnp.any((slots != slot) & (slot < kept[:, None, None]), axis=2)
+    return jnp.any(changed.reshape(batch, blocks, -1), axis=2).astype(jnp.int32)[:, None]
+
+
+def scratch(blocks: int, *sources: int) -> list:
+    """SMEM for the plan: target, down, and the Fetches of each kind of source."""
+    memory = lambda n: pltpu.SMEM((n,), jnp.int32)  # noqa: E731
+    return [memory(blocks), memory(blocks), *(Fetches(memory(2 * n), memory(blocks), memory(blocks)) for n in sources)]
+
+
+def plan(changes, spans, target, down, fetches) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Fills target [N], the blocks in the order in which they are to be rewritten, and the Fetches of each kind, from their Spans. The pool comes first.
+
+    down [N] is for its own use. All are refs. Returns how many blocks are rewritten, and how many fetches each kind takes.
+    """
+    blocks = target.shape[0]
+    for span, fetch in zip(spans, fetches, strict=True):
+        extent(span, fetch, blocks)
+
+    # Whether an entry of this block or of one before it goes past this block's end.
+    @functools.partial(jax.lax.fori_loop, 0, blocks, init_val=-1)
+    def _(block, furthest):
+        furthest = jnp.maximum(furthest, spans[0].end[0, block])
+        down[block] = (furthest > block).astype(jnp.int32)
+        return furthest
+
+    def visit(i, state):
+        upwards = i < blocks
+        block = jnp.where(upwards, i, 2 * blocks - 1 - i)
+
+        def rewrite(steps, *kinds):
+            target[steps] = block
+            return steps + 1, *(need(fetch, block, upwards, *kind) for fetch, kind in zip(fetches, kinds, strict=True))
+
+        wanted = (changes[0, block] == 1) & (down[block] == jnp.where(upwards, 0, 1))
+        return jax.lax.cond(wanted, rewrite, lambda *state: state, *state)
+
+    steps, *kinds = jax.lax.fori_loop(0, 2 * blocks, visit, (0, *[(0, -1)] * len(fetches)))
+    return steps, tuple(total for total, _ in kinds)
+
+
+def extent(span: Spans, fetch: Fetches, blocks: int):
+    """For now, fetch.first and fetch.count are the first and the last source that has entries for each block; those between have too, or none at all."""
+    sources = span.begin.shape[1]
+
+    def fill(ref, start, stop, value):
+        @pl.loop(start, stop)
+        def _(block):
+            ref[block] = value
+
+    def ascend(source, done):
+        stop = span.end[0, source] + 1
+        fill(fetch.first, done, stop, source)
+        return jnp.maximum(done, stop)
+
+    def descend(i, done):
+        source = sources - 1 - i
+        start = span.begin[0, source]
+        fill(fetch.count, start, done, source)
+        return jnp.minimum(done, start)
+
+    fill(fetch.first, jax.lax.fori_loop(0, sources, ascend, 0), blocks, sources)
+    fill(fetch.count, 0, jax.lax.fori_loop(0, sources, descend, blocks), -1)
+
+
+def need(fetch: Fetches, block, upwards, total, newest):
+    """Adds what `block` needs to `total` fetches, the last of which was `newest`; returns both."""
+    first, last = fetch.first[block], fetch.count[block]
+    count = jnp.maximum(last - first + 1, 0)
+    begin, step = jnp.where(upwards, first, last), jnp.where(upwards, 1, -1)
+    # What was fetched last is still there.
+    there = ((count > 0) & (begin == newest)).astype(jnp.int32)
+    start = total - there
+    fetch.first[block], fetch.count[block] = start, count
+
+    @pl.loop(there, count)
+    def _(i):
+        fetch.source[start + i] = begin + step * i
+
+    return start + count, jnp.where(count > 0, begin + step * (count - 1), newest)

@@ -1,26 +1,48 @@
 """The TPU kernel (Mosaic): the pool is compacted in place, block by block in the order of plan.py.
 
-A step makes one block of slots: it goes through the pool's blocks and the streams' buffers that have entries for it, all of them fetched in the order
+A step makes one block of slots. It goes through the pool's blocks and the streams' buffers that have entries for it, all of them fetched in the order
 of need and some time ahead, and moves LANES entries at a time by a matrix product with a one-hot matrix. So that whatever an entry holds arrives bit
-for bit (-0.0, NaN), and nothing of a dropped one does (0 * NaN is NaN), it is the bytes of the entries that are multiplied, as whole numbers: bfloat16
-has 0..255 exactly, and float32 the sum of a low and a high byte.
+for bit (-0.0, NaN), and nothing of a dropped one does (0 * NaN is NaN), it is the entries' bits that are multiplied, 16 at a time and as whole
+numbers: each is the sum of two that bfloat16 has exactly.
 """
 
 import functools
 import math
 import operator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.compact.plan import LANES, plan
+from pallas_kernels.compact.plan import LANES, Fetches, Spans, changes, plan, scratch, spans
 from pallas_kernels.compact.reference import Buffer, Pool
 
 BLOCK_BYTES = 1 << 18  # of a block's keys
 RING = 3  # fetched blocks in memory: one in use, the others on their way
+TOGETHER = 4  # times LANES entries whose matrix products overlap: one alone takes 1.4 times as long on v5e and v6e
 DROPPED = 1 << 30
+START, WAIT = operator.methodcaller("start"), operator.methodcaller("wait")
+
+
+class Arrays(NamedTuple):
+    """Pool or buffer, in HBM, or what of it is in VMEM: sources (blocks of slots, streams) of g groups of LANES entries."""
+
+    keys: jax.Array
+    values: jax.Array
+    words: jax.Array  # [.., 2g, LANES] int32: the stats' bits, then the positions
+    slots: jax.Array | None = None  # [.., g, LANES] int32: the slots that they move to
+
+
+class Kind(NamedTuple):
+    """All there is to know about the sources of one kind."""
+
+    held: Arrays
+    spans: Spans
+    fetches: Fetches
+    total: jax.Array  # fetches in all
+    copy: object  # (START or WAIT, source, place in held) -> None
 
 
 def block_slots(pool: Pool) -> int:
@@ -36,203 +58,247 @@ def pad(x: jax.Array, multiple: int) -> jax.Array:
 
 
 def grouped(pool: Pool, buffer: Buffer, destinations: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The destinations of the pool [B,N,g,LANES] and of the buffer [B,S,g',LANES], DROPPED where no kept entry is."""
+    """The destinations of the pool [B,N,g,LANES] and of the buffer [B,n,g',LANES], DROPPED where no kept entry is.
+
+    A stream of the buffer is one source, or several of a block's size.
+    """
     batch, slots = pool.position.shape
-    streams, width = buffer.stat.shape[0] * buffer.stat.shape[2], buffer.stat.shape[3]
+    layers, _, heads, width = buffer.stat.shape
     destinations = jnp.where(destinations < slots, destinations, DROPPED)
     block = block_slots(pool)
-    from_pool = pad(destinations[:, :slots], block).reshape(batch, -1, block // LANES, LANES)
-    return from_pool, pad(destinations[:, slots:].reshape(batch, streams, width), LANES).reshape(batch, streams, -1, LANES)
+    rows = min(block, pl.cdiv(width, LANES) * LANES)
+    new = destinations[:, slots:].reshape(batch, layers * heads, width)
+    return tuple(pad(x, size).reshape(batch, -1, size // LANES, LANES) for x, size in ((destinations[:, :slots], block), (new, rows)))
+
+
+def words(stat: jax.Array, position: jax.Array, slots: jax.Array) -> jax.Array:
+    """Arrays.words of what `slots` are the slots of: [B,n,g,LANES] -> [B,n,2g,LANES]."""
+    bits = jax.lax.bitcast_convert_type(stat, jnp.int32)
+    return jnp.concatenate([pad(x, math.prod(slots.shape[2:])).reshape(slots.shape) for x in (bits, position)], axis=2)
 
 
 def compact(pool: Pool, buffer: Buffer, destinations: jax.Array, interpret=False) -> Pool:
     """compact, as reference.py has it."""
     batch, slots, dim = pool.keys.shape
-    dtype, block, tiles = pool.keys.dtype, block_slots(pool), pl.cdiv(dim, LANES)
+    dtype, tiles = pool.keys.dtype, pl.cdiv(dim, LANES)
+    if dim % LANES and tiles > 1:
+        raise ValueError(f"pool.keys has rows of {dim}: on a TPU up to {LANES}, or a multiple of it, would work")
     pool_slots, buffer_slots = grouped(pool, buffer, destinations)
-    tables = jax.tree.map(lambda x: x[:, None], plan(pool_slots, buffer_slots))
+    blocks, block = pool_slots.shape[1], block_slots(pool)
+    all_spans = [spans(x, blocks, block) for x in (pool_slots, buffer_slots)]
+    kept = 1 + jnp.maximum(*(jnp.max(x.high, axis=(1, 2)) for x in all_spans))
+    tables = changes(pool_slots, kept), all_spans
+    buffer_stat = jnp.moveaxis(buffer.stat, 1, 0).reshape(batch, -1, buffer.stat.shape[3])
+    buffer_words = words(buffer_stat, jnp.broadcast_to(buffer.position[:, None], buffer_stat.shape), buffer_slots)
+    read = pool_slots, Arrays(buffer.keys, buffer.values, buffer_words, buffer_slots)
+    written = Arrays(pool.keys, pool.values, words(pool.stat, pool.position, pool_slots))
 
-    # Stats (their bits) and positions as they lie beside destinations: [B, N, 2g, LANES], [B, S, 3g', LANES]
-    def words(like, stat, position):
-        lengthened = [pad(x, math.prod(like.shape[2:])) for x in (jax.lax.bitcast_convert_type(stat, jnp.int32), position)]
-        return [x.reshape(like.shape) for x in lengthened]
+    def memory(count, slots):
+        keys = pltpu.VMEM((count, math.prod(slots.shape[2:]), dim), dtype)
+        groups = slots.shape[2]
+        return Arrays(keys, keys, *(pltpu.VMEM((count, n * groups, LANES), jnp.int32) for n in (2, 1)))
 
-    pool_words = jnp.concatenate(words(pool_slots, pool.stat, pool.position), axis=2)
-    buffer_stat = jnp.moveaxis(buffer.stat, 1, 0).reshape(*buffer_slots.shape[:2], -1)
-    buffer_position = jnp.broadcast_to(buffer.position[:, None], buffer_stat.shape)
-    buffer_words = jnp.concatenate([buffer_slots, *words(buffer_slots, buffer_stat, buffer_position)], axis=2)
-
-    in_place = (pool.keys, pool.values, pool_words)
     whole = pl.BlockSpec(memory_space=pl.ANY)
-    keys, values, moved = pl.pallas_call(
+    [new] = pl.pallas_call(
         functools.partial(kernel, exact=bool(interpret)),
         grid=(batch,),
-        in_specs=[jax.tree.map(lambda x: pl.BlockSpec((None, *x.shape[1:]), lambda b: (b, 0, 0), memory_space=pltpu.SMEM), tables), *[whole] * 7],
-        out_specs=[whole] * 3,
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in in_place],
-        input_output_aliases={len(jax.tree.leaves(tables)) + 4 + i: i for i in range(3)},
+        in_specs=[
+            jax.tree.map(lambda x: pl.BlockSpec((None, *x.shape[1:]), lambda b: (b, 0, 0), memory_space=pltpu.SMEM), tables),
+            *jax.tree.map(lambda x: whole, (read, written)),
+        ],
+        out_specs=[jax.tree.map(lambda x: whole, written)],
+        out_shape=[jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), written)],
+        input_output_aliases={len(jax.tree.leaves((tables, read))) + i: i for i in range(3)},
         scratch_shapes=[
-            [pltpu.VMEM((RING, block, dim), dtype)] * 2 + [pltpu.VMEM((RING, *x.shape[2:]), jnp.int32) for x in (pool_words, pool_slots)],
-            [pltpu.VMEM((RING, math.prod(buffer_slots.shape[2:]), dim), dtype)] * 2 + [pltpu.VMEM((RING, *buffer_words.shape[2:]), jnp.int32)],
-            [pltpu.VMEM((2, block, dim), dtype)] * 2 + [pltpu.VMEM((2, *pool_words.shape[2:]), jnp.int32)],
+            scratch(blocks, blocks, buffer_slots.shape[1]),
+            memory(RING, pool_slots),
+            memory(RING, buffer_slots),
+            memory(2, pool_slots)._replace(slots=None),
             [pltpu.VMEM((tiles * dtype.itemsize // 2, block + LANES, dim // tiles), jnp.float32)] * 2,
-            pltpu.VMEM((block // LANES + 1, 8, LANES), jnp.float32),
+            pltpu.VMEM((block // LANES + 2, 8, LANES), jnp.float32),
             [pltpu.SemaphoreType.DMA((n,)) for n in (RING, RING, 2)],
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
         name="compact",
-    )(tables, pool_slots, buffer.keys, buffer.values, buffer_words, *in_place)
-    stat, position = (x.reshape(batch, -1)[:, :slots] for x in jnp.split(moved, 2, axis=2))
-    return Pool(keys, values, jax.lax.bitcast_convert_type(stat, jnp.float32), position)
+    )(tables, read, written)
+    stat, position = (x.reshape(batch, -1)[:, :slots] for x in jnp.split(new.words, 2, axis=2))
+    return Pool(new.keys, new.values, jax.lax.bitcast_convert_type(stat, jnp.float32), position)
 
 
-def kernel(tables, pool_slots, buffer_keys, buffer_values, buffer_words, *refs, exact):
-    # The pool is read where it is written: through the outputs, whose memory is the inputs'.
-    keys, values, words, pool_held, buffer_held, made, sums, word_sums, (pool_ready, buffer_ready, made_ready) = refs[3:]
-    row, heads, block = pl.program_id(0), buffer_keys.shape[2], made[0].shape[1]
-    groups, buffer_groups = block // LANES, buffer_held[2].shape[1] // 3
-    full, rest = divmod(keys.shape[1], block)
+def kernel(tables, read, _, pool, planned, held, held_buffer, made, sums, word_sums, ready, *, exact):
+    # The pool is read where it is written: `pool` are the outputs, whose memory is the inputs'.
+    (changes, spans), (pool_slots, buffer), (target, down, *fetches) = tables, read, planned
+    row, heads, width, slots, block, piece = pl.program_id(0), *buffer.keys.shape[2:4], pool.keys.shape[1], made.keys.shape[1], held_buffer.keys.shape[1]
 
-    def copy_block(act, number, place, held=pool_held, ready=pool_ready, back=False):
-        def with_rows(rows):
+    def copy_block(act, number, place, local=held, ready=ready[0], back=False):
+        def copy_rows(rows):
             window = pl.ds(pl.multiple_of(number * block, LANES), rows)
-            pairs = [(x.at[row, window], y.at[place, pl.ds(0, rows)]) for x, y in zip((keys, values), held[:2], strict=True)]
-            # What comes back are no destinations.
-            pairs += [(x.at[row, number], y.at[place]) for x, y in zip((words, pool_slots), held[2:], strict=not back)]
+            pairs = [(x.at[row, window], y.at[place, pl.ds(0, rows)]) for x, y in zip(pool[:2], local[:2], strict=True)]
+            pairs.append((pool.words.at[row, number], local.words.at[place]))
+            if not back:
+                pairs.append((pool_slots.at[row, number], local.slots.at[place]))
             for pair in pairs:
                 act(pltpu.make_async_copy(*(pair[::-1] if back else pair), ready.at[place]))
 
-        if full:
-            pl.when(number < full)(lambda: with_rows(block))
+        whole_or_rest(number, block, slots, pool.keys, copy_rows)
+
+    def copy_piece(act, number, place):
+        stream, start = number // pl.cdiv(width, piece), number % pl.cdiv(width, piece)
+
+        def copy_rows(rows):
+            window = stream // heads, row, stream % heads, pl.ds(pl.multiple_of(start * piece, LANES), rows)
+            pairs = [(x.at[window], y.at[place, pl.ds(0, rows)]) for x, y in zip(buffer[:2], held_buffer[:2], strict=True)]
+            pairs += [(x.at[row, number], y.at[place]) for x, y in zip(buffer[2:], held_buffer[2:], strict=True)]
+            for source, local in pairs:
+                act(pltpu.make_async_copy(source, local, ready[1].at[place]))
+
+        whole_or_rest(start, piece, width, buffer.keys, copy_rows)
+
+    def whole_or_rest(number, size, total, array, act):
+        """Acts on the rows that part `number` of array's `total` has: `size`, or if it is the last those left."""
+        whole, rest = divmod(total, size)
+        if whole:
+            pl.when(number < whole)(lambda: act(size))
         if rest:
-            pl.when(number == full)(lambda: with_rows(in_tiles(rest, keys, exact)))
+            pl.when(number == whole)(lambda: act(rest if exact else in_tiles(rest, array)))
 
-    def copy_stream(act, stream, place):
-        layer, head = stream // heads, stream % heads
-        rows = in_tiles(buffer_keys.shape[3], buffer_keys, exact)
-        # A start that is not known to be 0, or the rows that fill the last tile would be refused.
-        window = pl.ds(pl.multiple_of(row * 0, LANES), rows)
-        pairs = [(x.at[layer, row, head, window], y.at[place, pl.ds(0, rows)]) for x, y in zip((buffer_keys, buffer_values), buffer_held[:2], strict=True)]
-        for source, target in [*pairs, (buffer_words.at[row, stream], buffer_held[2].at[place])]:
-            act(pltpu.make_async_copy(source, target, buffer_ready.at[place]))
+    steps, totals = plan(changes, spans, target, down, fetches)
+    kinds = list(map(Kind, (held, held_buffer), spans, fetches, totals, (copy_block, copy_piece)))
+    for kind in kinds:
+        for i in range(RING - 1):
+            pl.when(i < kind.total)(functools.partial(kind.copy, START, kind.fetches.source[i], i))
 
-    def move(slots, words, entries, low, high, start):
-        """Adds to the sums what goes to the block at `start`, of LANES entries that go to slots [1, LANES] between low and high."""
-        first, last = jnp.maximum(low, start), jnp.minimum(high, start + block - 1)
+    def write(act, step):
+        copy_block(act, target[step], step % 2, made, ready[2], back=True)
 
-        # Most often all that is kept of them lies within LANES slots.
-        @pl.loop(0, jnp.right_shift(last - first + LANES, 7))
-        def _(i):
-            offset = first - start + i * LANES
-            twice = jnp.concatenate([slots, slots], axis=1)
-            target = start + offset + jax.lax.broadcasted_iota(jnp.int32, (LANES, 2 * LANES), 0)
-            scale = jnp.where(jax.lax.broadcasted_iota(jnp.int32, target.shape, 1) < LANES, 1.0, 256.0)
-            # [LANES slots, low bytes of LANES entries and their high bytes]
-            chosen = jnp.where(twice == target, scale, 0.0).astype(jnp.bfloat16)
-            for x, total in zip(entries, sums, strict=True):
-                for part, half in enumerate(halves(x, total.shape[2])):
-                    total[part, pl.ds(offset, LANES)] += jnp.dot(chosen, two_bytes(half, 0), preferred_element_type=jnp.float32)
-            # Rows: the stats' low and high halves, the positions'. Columns that begin anywhere are rolled into place.
-            kind = jax.lax.broadcasted_iota(jnp.int32, (8, LANES), 0)
-            word = jnp.where(kind < 2, *words)
-            word = jnp.where(kind % 2 == 0, word, jnp.right_shift(word, 16))
-            found = jax.lax.dot_general(two_bytes(word, 1), chosen, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-            group, shift = jnp.right_shift(offset, 7), jnp.bitwise_and(offset, LANES - 1)
-            found = pltpu.roll(found, shift, 1)
-            here = jax.lax.broadcasted_iota(jnp.int32, found.shape, 1) >= shift
-            word_sums[group] += jnp.where(here, found, 0.0)
-            word_sums[group + 1] += jnp.where(here, 0.0, found)
-
-    def follow(sources, copy, step, seen, use):
-        """Waits for what the step needs, as it comes, and has it used; `seen` is how many fetches have come."""
-
-        def one(fetch, seen):
-            @pl.when(fetch == seen)
-            def _():
-                copy(WAIT, sources.fetches[0, fetch], fetch % RING)
-                # It is in use from now on, and what was in use before it can be overwritten.
-                following = fetch + RING - 1
-                pl.when(following < sources.total[0, 0])(lambda: copy(START, sources.fetches[0, following], following % RING))
-
-            use(sources.fetches[0, fetch], fetch % RING)
-            return jnp.maximum(seen, fetch + 1)
-
-        first = sources.first[0, step]
-        return jax.lax.fori_loop(first, first + sources.count[0, step], one, seen)
-
-    def make_block(step, seen):
-        number, place = tables.target[0, step], step % 2
+    def make(step, seen):
+        start = target[step] * block
         for total in (*sums, word_sums):
             total[...] = jnp.zeros_like(total)
+        seen = tuple(gather(kind, target[step], start, *n, sums, word_sums) for kind, *n in zip(kinds, seen, strict=True))
+        # What was here must have been written before it is made anew.
+        pl.when(step >= 2)(lambda: write(WAIT, step - 2))
 
-        def use_block(source, place):
-            @pl.loop(0, groups)
-            def _(i):
-                entries = [x[place, pl.ds(pl.multiple_of(i * LANES, LANES), LANES)] for x in pool_held[:2]]
-                words = [pool_held[2][place, pl.ds(i + n, 1)] for n in (0, groups)]
-                span = [x[0, source * groups + i] for x in (tables.pool.low, tables.pool.high)]
-                move(pool_held[3][place, pl.ds(i, 1)], words, entries, *span, number * block)
-
-        def use_stream(source, place):
-            @pl.loop(0, buffer_groups)
-            def _(i):
-                entries = [x[place, pl.ds(pl.multiple_of(i * LANES, LANES), LANES)] for x in buffer_held[:2]]
-                slots, *words = (buffer_held[2][place, pl.ds(i + n * buffer_groups, 1)] for n in range(3))
-                span = [x[0, source * buffer_groups + i] for x in (tables.buffer.low, tables.buffer.high)]
-                move(slots, words, entries, *span, number * block)
-
-        seen = follow(tables.pool, copy_block, step, seen[0], use_block), follow(tables.buffer, copy_stream, step, seen[1], use_stream)
-        # Before this place is filled again it must have been written back.
-        written = functools.partial(copy_block, held=made, ready=made_ready, back=True)
-        pl.when(step >= 2)(lambda: written(WAIT, tables.target[0, step - 2], place))
-
-        @pl.loop(0, groups)
+        @pl.loop(0, block // LANES)
         def _(i):
-            window = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
-            for x, total in zip(made, sums, strict=False):
-                x[place, window] = joined([total[part, window] for part in range(total.shape[0])], x.dtype)
-            found = word_sums[i].astype(jnp.int32)
+            rows = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
+            for x, total in zip(made[:2], sums, strict=True):
+                x[step % 2, rows] = joined([total[part, rows] for part in range(total.shape[0])], x.dtype)
+            found = whole_numbers(word_sums[i])
             for n in range(2):
-                made[2][place, pl.ds(i + n * groups, 1)] = found[2 * n : 2 * n + 1] | jnp.left_shift(found[2 * n + 1 : 2 * n + 2], 16)
+                word = found[2 * n : 2 * n + 1] & 0xFFFF | jnp.left_shift(found[2 * n + 1 : 2 * n + 2], 16)
+                made.words[step % 2, pl.ds(i + n * (block // LANES), 1)] = word
 
-        written(START, number, place)
+        write(START, step)
         return seen
 
-    for sources, copy in ((tables.pool, copy_block), (tables.buffer, copy_stream)):
-        for fetch in range(RING - 1):
-            pl.when(fetch < sources.total[0, 0])(lambda: copy(START, sources.fetches[0, fetch], fetch))
-    steps = tables.steps[0, 0]
-    jax.lax.fori_loop(0, steps, make_block, (0, 0))
+    jax.lax.fori_loop(0, steps, make, (0, 0))
     for back in (2, 1):
-        pl.when(steps >= back)(lambda: copy_block(WAIT, tables.target[0, steps - back], (steps - back) % 2, made, made_ready, True))
+        pl.when(steps >= back)(functools.partial(write, WAIT, steps - back))
 
 
-def in_tiles(rows: int, array, exact: bool) -> int:
-    """Rows of [..., N, D] to copy for the last `rows` of the N: in HBM they fill tiles, of which bfloat16 cannot have parts copied."""
-    tile = 1 if exact or array.dtype.itemsize == 4 else min(8, pl.next_power_of_2(max(array.shape[-2], 2)))
+def in_tiles(rows: int, array) -> int:
+    """Rows to copy for the last `rows` of [..., n, D]: in HBM they fill tiles, of which only those of a single column of 32 bits can be copied in part."""
+    size = array.dtype.itemsize
+    tile = 1 if size == 4 and array.shape[-1] <= LANES else min(8, pl.next_power_of_2(max(array.shape[-2], 4 // size)))
     return pl.cdiv(rows, tile) * tile
 
 
-def halves(x: jax.Array, width: int) -> list[jax.Array]:
-    """Of each `width` columns the lower 16 bits of every element and, of float32, the upper ones, as int32 (whose own upper bits may be anything)."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.int32).astype(jnp.int32)
-    return [jnp.right_shift(bits[:, i : i + width], 16 * n) for i in range(0, x.shape[1], width) for n in range(x.dtype.itemsize // 2)]
+def gather(kind: Kind, block, start, seen, sums, word_sums):
+    """Adds to the sums all that `kind` has for the block of slots at `start`. `seen` is how many fetches have come before; returns how many have now."""
+
+    def one(fetch, seen):
+        source = kind.fetches.source[fetch]
+
+        @pl.when(fetch == seen)
+        def _():
+            kind.copy(WAIT, source, fetch % RING)
+            # From here on this one is in use, and what was in use before it can be overwritten.
+            later = fetch + RING - 1
+            pl.when(later < kind.total)(lambda: kind.copy(START, kind.fetches.source[later], later % RING))
+
+        groups = kind.held.slots.shape[1]
+        several = math.gcd(groups, TOGETHER)
+        held = jax.tree.map(lambda x: x.at[fetch % RING], kind.held)
+
+        @pl.loop(0, groups, step=several)
+        def _(i):
+            move([(held, i + n, *(x[0, source * groups + i + n] for x in kind.spans[:2])) for n in range(several)], start, sums, word_sums)
+
+        return jnp.maximum(seen, fetch + 1)
+
+    first = kind.fetches.first[block]
+    return jax.lax.fori_loop(first, first + kind.fetches.count[block], one, seen)
 
 
-def two_bytes(x: jax.Array, axis: int) -> jax.Array:
-    """The lowest byte of each element and, behind them all, the next one, as numbers."""
-    return jnp.concatenate([(jnp.right_shift(x, shift) & 255).astype(jnp.float32).astype(jnp.bfloat16) for shift in (0, 8)], axis=axis)
+def move(groups, start, sums, word_sums):
+    """Adds to the sums what several groups, each (held, its number there, low, high), have for the block of slots at `start`."""
+    block = sums[0].shape[1] - LANES
+    firsts = [jnp.maximum(low, start) for *_, low, _ in groups]
+    spans = [jnp.minimum(high, start + block - 1) - first for first, (*_, high) in zip(firsts, groups, strict=True)]
+
+    # What is kept of a group most often lies within LANES slots.
+    @pl.loop(0, jnp.right_shift(functools.reduce(jnp.maximum, spans) + LANES, 7))
+    def _(i):
+        for first, (held, group, *_) in zip(firsts, groups, strict=True):
+            # What lies behind the block is not looked at.
+            offset = jnp.minimum(first - start + i * LANES, block)
+            slots = held.slots[pl.ds(group, 1)] - (start + offset)
+            chosen = jnp.concatenate([slots, slots], axis=1) == jax.lax.broadcasted_iota(jnp.int32, (LANES, 2 * LANES), 0)
+            # [LANES slots, twice LANES entries]
+            chosen = jnp.where(chosen, 1.0, 0.0).astype(jnp.bfloat16)
+            rows = pl.ds(pl.multiple_of(group * LANES, LANES), LANES)
+            for x, total in zip(held[:2], sums, strict=True):
+                for part, summands in enumerate(taken_apart(x[rows], total.shape[2])):
+                    total[part, pl.ds(offset, LANES)] += jnp.dot(chosen, summands, preferred_element_type=jnp.float32)
+            # Of stats and positions the rows are their halves, and the columns, which begin anywhere, are rolled into place.
+            row = jax.lax.broadcasted_iota(jnp.int32, (8, LANES), 0)
+            stat, position = (held.words[pl.ds(group + n, 1)] for n in (0, held.slots.shape[0]))
+            word = jnp.where(row < 2, stat, position)
+            summands = two_summands(jnp.where(row % 2 == 0, word, jnp.right_shift(word, 16)), axis=1)
+            found = jax.lax.dot_general(summands, chosen, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+            shift = jnp.bitwise_and(offset, LANES - 1)
+            found = pltpu.roll(found, shift, 1)
+            here = jax.lax.broadcasted_iota(jnp.int32, found.shape, 1) >= shift
+            word_sums[jnp.right_shift(offset, 7)] += jnp.where(here, found, 0.0)
+            word_sums[jnp.right_shift(offset, 7) + 1] += jnp.where(here, 0.0, found)
+
+
+def two_summands(bits: jax.Array, axis: int) -> jax.Array:
+    """The lower 16 bits of int32 elements as sums: all the first summands and, behind them along `axis`, all the second."""
+    number = (bits & 0xFFFF).astype(jnp.float32)
+    high = number.astype(jnp.bfloat16)
+    return jnp.concatenate([high, (number - high.astype(jnp.float32)).astype(jnp.bfloat16)], axis=axis)
+
+
+def taken_apart(x: jax.Array, width: int) -> list[jax.Array]:
+    """Of each `width` columns of x [LANES,D] the elements' bits as two_summands, 16 at a time: [2*LANES,width] each."""
+    parts = []
+    for column in range(0, x.shape[1], width):
+        bits = pltpu.bitcast(x[:, column : column + width], jnp.int32)
+        if x.dtype.itemsize == 4:
+            parts += [two_summands(jnp.right_shift(bits, shift), axis=0) for shift in (0, 16)]
+            continue
+        # Two rows share a word. They get their summands, 8 bits each, and share words again without ever changing places, which would take longer.
+        numbers = [x.astype(jnp.float32) for x in (bits & 0xFFFF, jax.lax.shift_right_logical(bits, 16))]
+        highs = [pltpu.bitcast(x, jnp.int32) & -0x10000 for x in numbers]
+        lows = [pltpu.bitcast(x - pltpu.bitcast(high, jnp.float32), jnp.int32) for x, high in zip(numbers, highs, strict=True)]
+        shared = [pltpu.bitcast(jax.lax.shift_right_logical(even, 16) | odd, jnp.bfloat16) for even, odd in (highs, lows)]
+        parts.append(jnp.concatenate(shared, axis=0))
+    return parts
+
+
+def whole_numbers(x: jax.Array) -> jax.Array:
+    """0..65535 in float32 -> int32 whose lower 16 bits they are; the others are not 0."""
+    return pltpu.bitcast(x + 2.0**23, jnp.int32)
 
 
 def joined(parts: list[jax.Array], dtype) -> jax.Array:
-    """What `halves` took apart, from 16-bit numbers in float32."""
-    parts = [x.astype(jnp.int32) for x in parts]
+    """The inverse of taken_apart: the sums [LANES,width] -> [LANES,D]."""
+    parts = [whole_numbers(x) for x in parts]
     if dtype.itemsize == 2:
-        columns = [jax.lax.bitcast_convert_type(x.astype(jnp.uint16), dtype) for x in parts]
+        columns = [jax.lax.bitcast_convert_type(x.astype(jnp.int16), dtype) for x in parts]
     else:
-        columns = [jax.lax.bitcast_convert_type(low | jnp.left_shift(high, 16), dtype) for low, high in zip(parts[::2], parts[1::2], strict=True)]
+        columns = [pltpu.bitcast(low & 0xFFFF | jnp.left_shift(high, 16), dtype) for low, high in zip(parts[::2], parts[1::2], strict=True)]
     return jnp.concatenate(columns, axis=1)
-
-
-START, WAIT = operator.methodcaller("start"), operator.methodcaller("wait")

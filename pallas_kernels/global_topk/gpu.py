@@ -19,7 +19,6 @@ VALUES = 32  # that the bits of one round can have
 TILE = 256  # keys that are compared with all values at once
 TILES = 8  # that are loaded together
 PROGRAMS = 256  # of a round, at most, a row: each of the next adds up what they counted
-BLOCK = 4096  # keys of a program in slot order
 PARTIALS = 1024  # blocks whose counts are added up at once
 
 
@@ -39,21 +38,32 @@ def select_keys(keys: jax.Array, k: jax.Array, starts: jax.Array, width: int, in
             name="global_topk" + kernel.func.__name__.removesuffix("_kernel"),
         )(k, keys, *inputs)
 
-    programs = min(PROGRAMS, pl.cdiv(entries, TILE * TILES))
+    programs = round_programs(entries)
     counts = ((pl.next_power_of_2(programs), VALUES), jnp.int32)
     found, last = [], None
     for this in ROUNDS:
         kernel = functools.partial(_round_kernel, programs=programs, last=last, this=this)
         found, last = call(kernel, programs, [((2,), jnp.int32), counts], found), this
-    blocks = pl.cdiv(entries, BLOCK)
-    kernel = functools.partial(_count_kernel, programs=programs, last=last)
+    size = block_size(entries)
+    blocks = pl.cdiv(entries, size)
+    kernel = functools.partial(_count_kernel, programs=programs, last=last, size=size)
     counts = ((_round_up(blocks, PARTIALS),), jnp.int32)
     found = call(kernel, blocks, [((2,), jnp.int32), counts, counts], found)
-    segments = dict(streams=streams, slots=slots, width=width)
+    segments = dict(streams=streams, slots=slots, width=width, size=size)
     [before] = call(functools.partial(_before_kernel, **segments), 2 * streams + 2, [((2 * streams + 2,), jnp.int32)], [*found, starts])
     kernel = functools.partial(_place_kernel, **segments)
     keep, destinations = call(kernel, blocks, [((entries,), jnp.bool_), ((entries,), jnp.int32)], [*found, starts, before])
     return Selection(keep, jnp.sum(jnp.diff(before.reshape(batch, 2, streams + 1)), axis=1), destinations)
+
+
+def round_programs(entries: int) -> int:
+    """Programs that share the keys of a row in a round."""
+    return min(PROGRAMS, pl.cdiv(entries, TILE * TILES))
+
+
+def block_size(entries: int) -> int:
+    """Keys of a program in slot order: more where there would be too many blocks whose counts each has to add up."""
+    return min(max(1024, pl.next_power_of_2(pl.cdiv(entries, PARTIALS))), 4096)
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -100,7 +110,7 @@ def _round_kernel(k, keys, *refs, programs, last, this):
     counts[row, program] = jnp.sum(total, axis=0)
 
 
-def _count_kernel(k, keys, state, counts, found, n_above, n_tied, *, programs, last):
+def _count_kernel(k, keys, state, counts, found, n_above, n_tied, *, programs, last, size):
     row, program = pl.program_id(0), pl.program_id(1)
     threshold, above = _refined(k, row, state, counts, programs, last)
 
@@ -110,7 +120,7 @@ def _count_kernel(k, keys, state, counts, found, n_above, n_tied, *, programs, l
         # How many of those tied at the threshold stay; what is at LOWEST never does.
         found[row, 1] = jnp.where(threshold == LOWEST, 0, jnp.maximum(k[row] - above, 0))
 
-    block = _load(keys, row, program * BLOCK, BLOCK, LOWEST)
+    block = _load(keys, row, program * size, size, LOWEST)
     n_above[row, program] = jnp.sum((block > threshold).astype(jnp.int32))
     n_tied[row, program] = jnp.sum((block == threshold).astype(jnp.int32))
 
@@ -126,24 +136,24 @@ def _total(row, counts, block):
     return jax.lax.fori_loop(0, pl.cdiv(block, PARTIALS), add, jnp.int32(0))
 
 
-def _before_kernel(k, keys, found, n_above, n_tied, starts, before, *, streams, slots, width):
+def _before_kernel(k, keys, found, n_above, n_tied, starts, before, *, streams, slots, width, size):
     row, j = pl.program_id(0), pl.program_id(1)
     entry = jnp.where(j <= streams, starts[row, jnp.minimum(j, streams)], slots + (j - streams - 1) * width)
     threshold, quota = found[row, 0], found[row, 1]
-    first = entry // BLOCK
-    block = _load(keys, row, first * BLOCK, BLOCK, LOWEST)
-    earlier = first * BLOCK + jnp.arange(BLOCK) < entry
+    first = entry // size
+    block = _load(keys, row, first * size, size, LOWEST)
+    earlier = first * size + jnp.arange(size) < entry
     above = _total(row, n_above, first) + jnp.sum((earlier & (block > threshold)).astype(jnp.int32))
     tied = _total(row, n_tied, first) + jnp.sum((earlier & (block == threshold)).astype(jnp.int32))
     before[row, j] = above + jnp.minimum(tied, quota)
 
 
-def _place_kernel(k, keys, found, n_above, n_tied, starts, before, keep, destinations, *, streams, slots, width):
+def _place_kernel(k, keys, found, n_above, n_tied, starts, before, keep, destinations, *, streams, slots, width, size):
     row, program = pl.program_id(0), pl.program_id(1)
     threshold, quota = found[row, 0], found[row, 1]
-    begin = program * BLOCK
-    entry = begin + jnp.arange(BLOCK)
-    block = _load(keys, row, begin, BLOCK, LOWEST)
+    begin = program * size
+    entry = begin + jnp.arange(size)
+    block = _load(keys, row, begin, size, LOWEST)
     above, tied = block > threshold, block == threshold
     # Both counts in one scan, as a block has fewer than 2**16 keys.
     scan = jnp.cumsum(above.astype(jnp.int32) + (tied.astype(jnp.int32) << 16))
@@ -156,13 +166,13 @@ def _place_kernel(k, keys, found, n_above, n_tied, starts, before, keep, destina
         further = jnp.minimum(stream + (1 << (streams.bit_length() - 1 - i)), streams)
         return jnp.where(plgpu.load(starts.at[row, further]) <= entry, further, stream)
 
-    stream = jax.lax.fori_loop(0, streams.bit_length(), halve, jnp.zeros(BLOCK, jnp.int32))
+    stream = jax.lax.fori_loop(0, streams.bit_length(), halve, jnp.zeros(size, jnp.int32))
     buffer_stream = (entry - slots) // max(width, 1)
     # A pool's entry moves by what the buffer keeps of streams before its own, a buffer's by what the pool keeps up to its own stream's end.
     other = jnp.where(entry < slots, streams + 1 + stream, jnp.minimum(buffer_stream + 1, streams))
     shift = plgpu.load(before.at[row, other]) - before[row, streams + 1]
     real = entry < keys.shape[1]
     place = jnp.where(kept, above_before + jnp.minimum(tied_before, quota) + shift, slots)
-    at = pl.ds(begin, BLOCK)
+    at = pl.ds(begin, size)
     plgpu.store(keep.at[row, at], kept, mask=real)
     plgpu.store(destinations.at[row, at], place, mask=real)

@@ -1,8 +1,8 @@
 """TPU kernels (Mosaic) of select_keys: a threshold search by counting, then prefix counts by triangular matrices.
 
 A row that fits into VMEM is read once: all steps of the search, the ranks and the destinations happen there in place. One that does not is streamed:
-each sweep over it leaves the next bits of every key in VMEM, packed, and the search goes on through those; with the 16 bits that fit up to 7M entries
-into a v4 and 30M into a v5p, two sweeps find the threshold. A third ranks, and a pass over the ranks makes destinations of them.
+each sweep over it leaves the next bits of every key in VMEM, packed, and the search goes on through those; while 16 bits fit (up to 5M
+entries on a v4, 28M on a v5p), two sweeps find the threshold. One more ranks, and a pass over the ranks makes destinations of them.
 """
 
 import functools
@@ -23,18 +23,18 @@ STAGE = 1024  # rows of one stage in the pipelines of the streamed passes
 
 
 def select_keys(keys: jax.Array, k: jax.Array, starts: jax.Array, width: int, interpret=False, vmem: int | None = None) -> Selection:
-    """reference.select_keys. vmem: bytes of VMEM to do with; None: what the chip has, less a sixteenth for the compiler."""
+    """reference.select_keys. vmem: bytes of VMEM to do with; None: what the chip has."""
     batch, entries = keys.shape
     streams = starts.shape[1] - 1
     if vmem is None:
         # Where there is no TPU this is traced, as a branch that platform_dependent then drops.
-        vmem = (pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else 1 << 24) * 15 // 16
+        vmem = usable(pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else 1 << 24)
     rows = row_count(entries)
     bits = digit_bits(rows, streams, vmem)
     keys = jnp.pad(keys, ((0, 0), (0, rows * LANES - entries)), constant_values=LOWEST).reshape(batch, rows, LANES)
 
-    def call(kernel, grid_semantics, **options):
-        params = pltpu.CompilerParams(dimension_semantics=grid_semantics, vmem_limit_bytes=vmem)
+    def call(kernel, semantics, scratch=(), **options):
+        params = pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=min(vmem, _bytes(scratch) + (4 << 20)))
         return pl.pallas_call(kernel, compiler_params=params, interpret=interpret, **options)
 
     select = _resident if bits == 32 else functools.partial(_streamed, bits=bits)
@@ -51,9 +51,18 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+def usable(capacity: int) -> int:
+    """What a kernel may take of a chip's VMEM."""
+    return capacity * 15 // 16
+
+
 def row_count(entries: int) -> int:
     """Rows of 128 lanes that N entries fill, in whole tiles."""
     return _round_up(entries, 8 * LANES) // LANES
+
+
+def _bytes(scratch) -> int:
+    return sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in scratch)
 
 
 def resident_scratch(rows: int, streams: int) -> list[tuple[tuple[int, ...], type]]:
@@ -72,20 +81,17 @@ def search_scratch(rows: int, bits: int) -> list[tuple[tuple[int, ...], type]]:
 def digit_bits(rows: int, streams: int, vmem: int) -> int:
     """How many bits of every key of a row VMEM can hold: 32 if nothing has to be streamed; else the search sweeps over the keys 32 // bits times."""
 
-    def fits(scratch):
-        # The compiler keeps intermediate values of a block in VMEM, and the pipelines their stages.
-        return sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in scratch) + (1 << 19) <= vmem
-
-    if rows < BLOCK or fits(resident_scratch(rows, streams)):
+    # Half a MiB is left to the compiler, which keeps the intermediate values of a block in VMEM.
+    if rows < BLOCK or _bytes(resident_scratch(rows, streams)) + (1 << 19) <= vmem:
         return 32
     for bits in (16, 8, 4, 2, 1):
-        if fits(search_scratch(rows, bits)):
+        if _bytes(search_scratch(rows, bits)) + (1 << 19) <= vmem:
             return bits
     raise NotImplementedError(f"keys: a row of {rows * LANES} entries is more than {vmem} bytes of VMEM can search; shard it (sharded.py)")
 
 
 def _search(words, k, bits):
-    """The k-th largest field and how many fields lie above it. A word of words [rows, 128] int32 holds one signed key or 32 // bits unsigned digits."""
+    """The k-th largest field and how many fields lie above it. A word of [rows, 128] int32 is a signed key or 32 // bits unsigned digits."""
 
     def count(candidate):
         def add(i, total):
@@ -250,6 +256,7 @@ def _resident(call, keys, k, starts, slots, width):
     keep, destinations, before = call(
         functools.partial(_resident_kernel, slots=slots, width=width),
         ("parallel",),
+        scratch,
         grid=(batch,),
         in_specs=[_SMEM(), _row_spec(streams + 1), _HBM],
         out_specs=[_HBM, _HBM, pl.BlockSpec((1, table, LANES), lambda b: (b, 0, 0))],
@@ -336,6 +343,7 @@ def _streamed(call, keys, k, starts, slots, width, bits):
     found = call(
         functools.partial(_search_kernel, bits=bits),
         ("parallel",),
+        scratch,
         grid=(batch,),
         in_specs=[_SMEM(), _HBM],
         out_specs=_row_spec(2),

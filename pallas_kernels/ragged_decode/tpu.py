@@ -135,29 +135,29 @@ def kernel(bounds, buffered, layer, q, k, v, *refs, found, group, shares):
                     landing = landings[number][x].at[(slot, *source.slice(offset, size))]
                     act(pltpu.make_async_copy(origin, landing, semaphores.at[slot, x]))
 
-            at = pl.multiple_of(first + (i - items) * source.block, source.tile)
-            whole, rest = source.fetched(at, end)
-            mine, all_of_it = (i >= items) & (i < items_end), whole == source.block
-            if source.block <= source.whole:
+            # Branch within branch: what is not needed here still costs the scalar core some cycles where it is only predicated.
+            @pl.when((i >= items) & (i < items_end))
+            def _(source=source, fetch=fetch, at=pl.multiple_of(first + (i - items) * source.block, source.tile), end=end):
+                whole, rest = source.fetched(at, end)
+                if source.block <= source.whole:
 
-                @pl.when(mine & all_of_it)
-                def _(source=source, fetch=fetch, at=at):
-                    fetch(source.block, at, 0)
-
-            # The pieces stand behind a branch of their own: each costs the scalar core some cycles even where it is not needed.
-            @pl.when(mine & ~all_of_it)
-            def _(source=source, fetch=fetch, at=at, whole=whole, rest=rest):
-                for size, offset, needed in source.pieces(whole):
-
-                    @pl.when(needed)
-                    def _(size=size, offset=pl.multiple_of(offset, source.tile)):
-                        fetch(size, pl.multiple_of(at + offset, source.tile), offset)
-
-                if source.whole < source.entries:
-
-                    @pl.when(rest)
+                    @pl.when(whole == source.block)
                     def _():
-                        fetch(source.tile, 0, pl.multiple_of(whole, source.tile), rest=True)
+                        fetch(source.block, at, 0)
+
+                @pl.when(whole < source.block)
+                def _():
+                    for size, offset, needed in source.pieces(whole):
+
+                        @pl.when(needed)
+                        def _(size=size, offset=pl.multiple_of(offset, source.tile)):
+                            fetch(size, pl.multiple_of(at + offset, source.tile), offset)
+
+                    if source.whole < source.entries:
+
+                        @pl.when(rest)
+                        def _():
+                            fetch(source.tile, 0, pl.multiple_of(whole, source.tile), rest=True)
 
     def by_head(values):
         """[H*G,1] int32 from a scalar for each kv head."""
@@ -288,7 +288,6 @@ def ragged_decode(q, k, v, pool_keys, pool_values, starts, buffer_keys, buffer_v
     out_shape = [jax.ShapeDtypeStruct((shares, batch, rows, dim), jnp.float32 if shares > 1 else q.dtype)]
     if shares > 1:
         out_shape.append(jax.ShapeDtypeStruct((shares, batch, rows, 1), jnp.float32))
-    in_vmem = 2 * (3 + 2) * batch * rows * max(dim, 128) * 4
     out, *logsumexp = pl.pallas_call(
         functools.partial(kernel, found=found, group=group, shares=shares),
         grid_spec=pltpu.PrefetchScalarGridSpec(

@@ -48,6 +48,8 @@ def check(q, k, v, valid, pool_keys, pool_values, starts, buffer_keys, buffer_va
         raise ValueError(f"q is {q.dtype}: bfloat16 and float32 work")
     if length == 0:
         raise ValueError(f"q has the shape {q.shape}: a chunk has at least one token")
+    if width == 0:
+        raise ValueError(f"buffer_keys has the shape {buffer_keys.shape}: a write buffer holds at least one token")
     entries = {
         "k": (k, (batch, length, heads, dim)),
         "v": (v, (batch, length, heads, dim)),

@@ -6,6 +6,7 @@ so that its arithmetic hides the first fetch; every query sees the chunk's first
 """
 
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -21,20 +22,40 @@ HALF = 256  # ... and what is fetched of it and worked on if that is enough
 
 
 class Part(NamedTuple):
-    """Rows offset..offset+rows of pool or buffer; a tail, the last few that no aligned fetch reaches, is an array of its own."""
+    """Entries offset..offset+entries of pool, buffer or chunk, which are fetched in blocks from multiples of `tile`.
 
-    pool: bool
+    A tail, the last few that no whole tile holds, is an array of its own. lanes: entries lie along lanes, [..,D,entries], as XLA lays out arrays
+    whose D would leave lanes empty; any other way would cost a copy.
+    """
+
+    of: str
+    lanes: bool
     tail: bool
     offset: int
-    rows: int
+    entries: int
+    tile: int
+    block: int
+
+    def touched(self, begin, end):
+        """Where in the part the entries begin..end of the whole are, and how many blocks they touch: (begin, end, count)."""
+        begin, end = jnp.maximum(begin - self.offset, 0), jnp.minimum(end - self.offset, self.entries)
+        return begin, end, jnp.where(end > begin, pl.cdiv(end - (begin & -self.tile), self.block), 0)
+
+    def place(self, i, begin):
+        """Of the block i that entries from `begin` on touch: the entry from which it is fetched, and the first that counts.
+
+        A block that would run past the end is moved back, and what it repeats does not count.
+        """
+        at = (begin & -self.tile) + i * self.block
+        return jnp.minimum(at, self.entries - self.block), jnp.maximum(at, begin)
 
 
 class Source(NamedTuple):
-    """Where a program fetches: blocks first..last of its loop are the blocks of `size` rows that entries begin..end of keys and values [rows,D] touch."""
+    """What a program fetches of a part: entries begin..end of keys and values [entries,D], which are the blocks first..last of its loop."""
 
+    part: Part
     keys: jax.Array
     values: jax.Array
-    size: int
     begin: jax.Array
     end: jax.Array
     first: jax.Array
@@ -42,7 +63,7 @@ class Source(NamedTuple):
 
 
 def sublanes(dtype) -> int:
-    """Rows of a tile in memory: a fetch starts at a multiple of them."""
+    """Rows of a tile in memory."""
     return 32 // jnp.dtype(dtype).itemsize
 
 
@@ -58,27 +79,24 @@ def chunk_block(length: int) -> int:
     return min(HALF, pl.cdiv(length, LANES) * LANES)
 
 
-def parts(slots: int, width: int, dtype) -> list[Part]:
-    """What there is to fetch from, for C slots and a buffer of W."""
-    align, found = sublanes(dtype), []
-    for pool, rows in ((True, slots), (False, width)):
-        whole = rows // align * align
+def parts(slots: int, width: int, length: int, dim: int, dtype) -> list[Part]:
+    """What there is to fetch, for C slots, a buffer of W and a chunk of T; side by side what one loop can go through."""
+    found, block = [], chunk_block(length)
+    for of, entries in (("pool", slots), ("buffer", width)):
+        lanes = pl.cdiv(entries, LANES) * LANES * dim < pl.cdiv(entries, 8) * 8 * pl.cdiv(dim, LANES) * LANES
+        tile = LANES if lanes else sublanes(dtype)
+        whole = entries // tile * tile
         if whole:
-            found.append(Part(pool, False, 0, whole))
-        if rows > whole:
-            found.append(Part(pool, True, whole, align))
-    return found
+            found.append(Part(of, lanes, False, 0, whole, tile, min(BLOCK, whole)))
+        if entries > whole:
+            found.append(Part(of, lanes, True, whole, tile, tile, tile))
+    if length > block:
+        found.append(Part("chunk", False, False, 0, pl.cdiv(length, block) * block, block, block))
+    return sorted(found, key=kind)
 
 
-def touched(part: Part, begin, end, dtype):
-    """Entries begin..end of pool or buffer as rows of `part`, and how many blocks they touch: (begin, end, count)."""
-    begin, end = jnp.maximum(begin - part.offset, 0), jnp.minimum(end - part.offset, part.rows)
-    return begin, end, jnp.where(end > begin, pl.cdiv(end - (begin & -sublanes(dtype)), min(BLOCK, part.rows)), 0)
-
-
-def block_row(i, begin, rows: int, size: int, dtype):
-    """The row from which block i is fetched; one that would run past the last row is moved back."""
-    return jnp.minimum((begin & -sublanes(dtype)) + i * size, rows - size)
+def kind(part: Part) -> tuple[bool, bool]:
+    return part.lanes, part.of == "chunk"
 
 
 def spread(x, width: int):
@@ -89,11 +107,12 @@ def spread(x, width: int):
 def kernel(layer, valid, starts, buffered, q, first_keys, first_values, *refs, parts):
     """The attention of one block of queries of one kv head.
 
-    layer [1], valid [B], starts [B*(H+1)], buffered [B] in SMEM; q [1,1,G,queries,D]; first_keys, first_values [1,1,block,D]. refs: keys and values of
-    the chunk [B,H,T,D] and of each part in HBM; the output; landing places of two blocks [2,rows,D] for keys and for values, their semaphores; the
-    state of the softmax: largest [rows,128], totals by lane [rows,128], sums [rows,D].
+    layer [1], valid [B], starts [B*(H+1)], buffered [B] in SMEM; q [1,1,G,queries,D]; first_keys, first_values [1,1,block,D]. refs: keys and values
+    of each part in HBM; the output; for rows and for lanes, where used, the landing places of two blocks of keys and of values; the semaphores of
+    those; the state of the softmax: largest [rows,128], totals by lane [rows,128], sums [rows,D].
     """
-    *sources, out, key_blocks, value_blocks, semaphores, largest, total, sums = refs
+    sources, (out, *landings, semaphores, largest, total, sums) = refs[: 2 * len(parts)], refs[2 * len(parts) :]
+    landings = dict(zip(sorted({part.lanes for part in parts}), zip(landings[::2], landings[1::2], strict=True), strict=True))
     batch, head, tile = (pl.program_id(axis) for axis in range(3))
     group, queries, dim = q.shape[2:]
     rows, dtype, block = group * queries, q.dtype, first_keys.shape[2]
@@ -101,28 +120,30 @@ def kernel(layer, valid, starts, buffered, q, first_keys, first_values, *refs, p
     first_query, length = tile * queries, valid[batch]
     seen = jnp.minimum(first_query + queries, length)  # how much of the chunk
 
-    def attend(keys, values, begin, end, diagonal=None):
-        """Adds keys begin..end of a block; with `diagonal`, query i sees those up to diagonal + i."""
-        size = keys.shape[0]
+    def attend(keys, values, begin, end, diagonal=None, lanes=False):
+        """Adds entries begin..end of a block; with `diagonal`, query i sees those up to diagonal + i."""
+        size = keys.shape[lanes]
         logits = jax.lax.dot_general(
-            q[0, 0].reshape(rows, dim), keys, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+            q[0, 0].reshape(rows, dim), keys, (((1,), (1 - lanes,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
         )
         if diagonal is None:
-            column = jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
-            visible = (column >= begin) & (column < end)
+            entry = jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
+            visible = (entry >= begin) & (entry < end)
         else:
-            query, column = (jax.lax.broadcasted_iota(jnp.int32, (group, queries, size), axis) for axis in (1, 2))
-            visible = (column - query <= diagonal).reshape(rows, size)
+            query, entry = (jax.lax.broadcasted_iota(jnp.int32, (group, queries, size), axis) for axis in (1, 2))
+            visible = (entry - query <= diagonal).reshape(rows, size)
         logits = jnp.where(visible, logits * (dim**-0.5 * math.log2(math.e)), -jnp.inf)
-        # Rows that nobody sees may hold anything, NaN too, and 0 * NaN is NaN.
-        row = jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
-        values = jnp.where((row >= begin) & (row < end), values, 0)
+        # Entries that nobody sees may be anything, NaN too, and 0 * NaN is NaN.
+        entry = jax.lax.broadcasted_iota(jnp.int32, (1, size) if lanes else (size, 1), lanes)
+        values = jnp.where((entry >= begin) & (entry < end), values, 0)
         new_largest = jnp.maximum(largest[...], jnp.max(logits, axis=1, keepdims=True))
         weights, decay = jnp.exp2(logits - spread(new_largest, size)), jnp.exp2(largest[...] - new_largest)
         largest[...] = new_largest
         # Each lane keeps its own total: adding up lanes is slow, and once at the end is enough.
         total[...] = total[...] * decay + sum(weights[:, at : at + LANES] for at in range(0, size, LANES))
-        update = jnp.dot(weights.astype(dtype), values, precision=precision, preferred_element_type=jnp.float32)
+        update = jax.lax.dot_general(
+            weights.astype(dtype), values, (((1,), (int(lanes),)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+        )
         sums[...] = sums[...] * spread(decay, dim) + update
 
     @pl.when(first_query >= length)
@@ -131,60 +152,52 @@ def kernel(layer, valid, starts, buffered, q, first_keys, first_values, *refs, p
 
     @pl.when(first_query < length)
     def _():
-        cached, count = [], 0
-        for part, keys, values in zip(parts, sources[2::2], sources[3::2], strict=True):
-            if part.pool:
-                place, bounds = (batch,), [starts[batch * (pl.num_programs(1) + 1) + head + i] for i in (0, 1)]
-            else:
-                place, bounds = (0 if part.tail else layer[0], batch, head), [0, buffered[batch]]
-            begin, end, blocks = touched(part, *bounds, dtype)
-            cached.append(Source(keys.at[place], values.at[place], min(BLOCK, part.rows), begin, end, count, count + blocks))
+        fetched, count = [], 0
+        for part, keys, values in zip(parts, sources[::2], sources[1::2], strict=True):
+            segment = batch * (pl.num_programs(1) + 1) + head
+            place, begin, end = {
+                "pool": ((batch,), starts[segment], starts[segment + 1]),
+                "buffer": ((0 if part.tail else layer[0], batch, head), 0, buffered[batch]),
+                "chunk": ((batch, head), block, seen),
+            }[part.of]
+            begin, end, blocks = part.touched(begin, end)
+            fetched.append(Source(part, keys.at[place], values.at[place], begin, end, count, count + blocks))
             count += blocks
-        cached_blocks = count
-        own = []
-        if sources[0].shape[2] > block:
-            count += pl.cdiv(seen, block) - 1
-            own.append(Source(*(x.at[batch, head] for x in sources[:2]), block, block, seen, cached_blocks, count))
-
-        def row_of(source, i):
-            return block_row(i - source.first, source.begin, source.keys.shape[0], source.size, dtype)
 
         def each_copy(i, act):
-            for source in cached + own:
-                row = row_of(source, i)
-                for at in range(0, source.size, HALF):
+            slot = i & 1
+            for source in fetched:
+                part = source.part
+                begin, _ = part.place(i - source.first, source.begin)
+                for at in range(0, part.block, HALF):
 
-                    @pl.when((i >= source.first) & (i < source.last) & (source.end > row + at))
-                    def _(source=source, row=row, at=at):
-                        size = min(HALF, source.size - at)
-                        from_rows = pl.ds(pl.multiple_of(row + at, sublanes(dtype)), size)
-                        for x, (array, landing) in enumerate(((source.keys, key_blocks), (source.values, value_blocks))):
-                            act(pltpu.make_async_copy(array.at[from_rows], landing.at[i & 1, pl.ds(at, size)], semaphores.at[i & 1, x]))
+                    @pl.when((i >= source.first) & (i < source.last) & (source.end > begin + at))
+                    def _(source=source, part=part, begin=begin, at=at):
+                        size, columns = min(HALF, part.block - at), (slice(None),) * part.lanes
+                        place = pl.ds(pl.multiple_of(begin + at, part.tile), size)
+                        for x, array, landing in zip((0, 1), (source.keys, source.values), landings[part.lanes], strict=True):
+                            landed = landing.at[slot, *columns, pl.ds(at, size)]
+                            act(pltpu.make_async_copy(array.at[*columns, place], landed, semaphores.at[slot, x]))
 
-        def fetch(i):
+        def attend_block(i, sources):
             @pl.when(i + 1 < count)
             def _():
                 each_copy(i + 1, lambda copy: copy.start())
 
             each_copy(i, lambda copy: copy.wait())
-
-        def attend_cached(i, _):
-            fetch(i)
-            begin, end = 0, 0
-            for source in cached:
-                row, mine = row_of(source, i), i >= source.first
-                new = jnp.maximum(source.begin, (source.begin & -sublanes(dtype)) + (i - source.first) * source.size)
-                begin, end = jnp.where(mine, new - row, begin), jnp.where(mine, source.end - row, end)
-            for size in range(HALF, key_blocks.shape[1] + 1, HALF):
+            at, begin, end = 0, 0, 0
+            for source in sources:
+                place, first = source.part.place(i - source.first, source.begin)
+                new = place, first - place, jnp.minimum(source.end - place, source.part.block)
+                at, begin, end = (jnp.where(i >= source.first, x, y) for x, y in zip(new, (at, begin, end), strict=True))
+            lanes, chunk = kind(sources[0].part)
+            for size in sorted({HALF, BLOCK if max(source.part.block for source in sources) > HALF else HALF}):
 
                 @pl.when((end > HALF) == (size > HALF))
                 def _(size=size):
-                    attend(key_blocks[i & 1, :size], value_blocks[i & 1, :size], begin, end)
-
-        def attend_own(i, _):
-            fetch(i)
-            row = row_of(own[0], i)
-            attend(key_blocks[i & 1, :block], value_blocks[i & 1, :block], 0, seen - row, first_query - row)
+                    place = (i & 1, *(slice(None),) * lanes, slice(size))
+                    keys, values = (landing[place] for landing in landings[lanes])
+                    attend(keys, values, begin, end, first_query - at if chunk else None, lanes)
 
         largest[...] = jnp.full_like(largest, -jnp.inf)
         total[...] = jnp.zeros_like(total)
@@ -195,17 +208,16 @@ def kernel(layer, valid, starts, buffered, q, first_keys, first_values, *refs, p
             each_copy(0, lambda copy: copy.start())
 
         attend(first_keys[0, 0], first_values[0, 0], 0, seen, first_query)
-        if cached:
-            jax.lax.fori_loop(0, cached_blocks, attend_cached, None)
-        if own:
-            jax.lax.fori_loop(cached_blocks, count, attend_own, None)
+        for _, alike in itertools.groupby(fetched, lambda source: kind(source.part)):
+            alike = list(alike)
+            jax.lax.fori_loop(alike[0].first, alike[-1].last, lambda i, _, alike=alike: attend_block(i, alike), None)
         query = first_query + jax.lax.broadcasted_iota(jnp.int32, (group, queries, dim), 1)
         result = (sums[...] / jnp.sum(total[...], axis=1, keepdims=True)).reshape(group, queries, dim)
         out[0, 0] = jnp.where(query < length, result, 0).astype(dtype)
 
 
 def ragged_prefill(q, k, v, valid, pool_keys, pool_values, starts, buffer_keys, buffer_values, buffered, layer, interpret=False):
-    """The package's ragged_prefill. Pool and buffer are not copied where C and W are multiples of 16 (8 in float32) and D of 128."""
+    """As the package's ragged_prefill."""
     batch, length, heads, group, dim = q.shape
     dtype, layer = q.dtype, jnp.asarray(layer, jnp.int32)
     queries, block = queries_block(length, group, dtype), chunk_block(length)
@@ -214,35 +226,36 @@ def ragged_prefill(q, k, v, valid, pool_keys, pool_values, starts, buffer_keys, 
     k, v = (jnp.pad(jnp.moveaxis(x, 1, 2), ((0, 0), (0, 0), (0, -length % block), (0, 0))) for x in (k, v))
     segments = jax.lax.dynamic_slice_in_dim(starts, layer * heads, heads + 1, axis=1)
 
-    def source(part, array):
-        if not part.tail:
-            return array
-        array = array if part.pool else jax.lax.dynamic_slice_in_dim(array, layer, 1)
-        tail = array[..., part.offset :, :]
-        return jnp.pad(tail, [(0, 0)] * (tail.ndim - 2) + [(0, part.rows - tail.shape[-2]), (0, 0)])
+    def array_of(part, array):
+        if part.tail:
+            array = jax.lax.dynamic_slice_in_dim(array, layer, 1) if part.of == "buffer" else array
+            array = array[..., part.offset :, :]
+            array = jnp.pad(array, [(0, 0)] * (array.ndim - 2) + [(0, part.entries - array.shape[-2]), (0, 0)])
+        return jnp.swapaxes(array, -1, -2) if part.lanes else array
 
-    cached = parts(pool_keys.shape[1], buffer_keys.shape[3], dtype)
-    sources = [k, v]
-    for part in cached:
-        sources += [source(part, x) for x in ((pool_keys, pool_values) if part.pool else (buffer_keys, buffer_values))]
-    landing = HALF if all(part.rows <= HALF for part in cached) else BLOCK
+    fetched = parts(pool_keys.shape[1], buffer_keys.shape[3], length, dim, dtype)
+    pairs = {"pool": (pool_keys, pool_values), "buffer": (buffer_keys, buffer_values), "chunk": (k, v)}
+    sources = [array_of(part, array) for part in fetched for array in pairs[part.of]]
+    landings = []
+    for lanes in sorted({part.lanes for part in fetched}):
+        size = HALF if max(part.block for part in fetched if part.lanes == lanes) <= HALF else BLOCK
+        landings += [pltpu.VMEM((2, dim, size) if lanes else (2, size, dim), dtype)] * 2
 
     def tile_place(batch, head, tile, layer, valid, *_):
         # Where a sequence has ended nothing is fetched: the block before stays.
         return batch, head, 0, jnp.minimum(tile, jnp.maximum(pl.cdiv(valid[batch], queries) - 1, 0)), 0
 
-    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     first_block = pl.BlockSpec((1, 1, block, dim), lambda batch, head, *_: (batch, head, 0, 0))
     out = pl.pallas_call(
-        functools.partial(kernel, parts=cached),
+        functools.partial(kernel, parts=fetched),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(batch, heads, pl.cdiv(length, queries)),
-            in_specs=[pl.BlockSpec((1, 1, group, queries, dim), tile_place), first_block, first_block] + [in_hbm] * len(sources),
+            in_specs=[pl.BlockSpec((1, 1, group, queries, dim), tile_place), first_block, first_block]
+            + [pl.BlockSpec(memory_space=pl.ANY)] * len(sources),
             out_specs=pl.BlockSpec((1, 1, group, queries, dim), lambda batch, head, tile, *_: (batch, head, 0, tile, 0)),
             scratch_shapes=[
-                pltpu.VMEM((2, landing, dim), dtype),
-                pltpu.VMEM((2, landing, dim), dtype),
+                *landings,
                 pltpu.SemaphoreType.DMA((2, 2)),
                 pltpu.VMEM((group * queries, LANES), jnp.float32),
                 pltpu.VMEM((group * queries, LANES), jnp.float32),

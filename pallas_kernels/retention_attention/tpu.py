@@ -1,37 +1,33 @@
-"""The TPU kernels (Mosaic): flash attention forward, and its backward pass as one kernel for dk, dv, dlog_beta and one for dq.
+"""The TPU kernels (Mosaic): flash attention forward, and its backward pass as a kernel for dk, dv, dlog_beta and one for dq.
 
-A tile is a block of queries, with all G query heads of one kv head, against a block of keys: bias and retained mass depend on the kv head alone and are
-computed once for the G of them. A schedule made by XLA lists the tiles that hold anything visible, so that neither the future nor other documents cost
-a step of the grid; a tile that is visible in full needs no mask.
+A tile is a block of queries, with all G query heads of one kv head, against a block of keys: bias and retained mass depend on the kv head alone and
+are computed once for the G of them. A schedule made by XLA lists the tiles that hold anything visible, so that neither the future nor other documents
+cost a step of the grid; a tile that is visible in full needs no mask.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.retention_attention.reference import first_of_document, last_of_document
-from pallas_kernels.retention_attention.vjp import differentiable
+from pallas_kernels.retention_attention.common import HIDDEN, LOG2E, biased, differentiable, document_bounds, grow, product
 
 LANES = 128
-LOG2E = math.log2(math.e)  # logits are in base 2 in the kernels: the hardware's exponential
-ROWS = 1024  # query rows of a tile at most, unless 128 queries of G heads are more
-KEYS = 512  # keys of a tile at most
-# What a hidden entry's bias is. Not -inf: a row may meet hidden entries alone before its first visible one, and has them for its maximum till then.
-HIDDEN = -1e30
 # A step of the schedule is one word: the block whose result it adds to, the block it meets, and these.
 FIRST, LAST, LIVE, MASKED = 1, 2, 4, 8
 OWN, OTHER = 17, 4
 
 
-def blocks(length: int, group: int) -> tuple[int, int, int]:
+def blocks(length: int, group: int, dim: int, dtype) -> tuple[int, int, int]:
     """(T padded, queries of a block, keys of a block)."""
+    width = dim * jnp.dtype(dtype).itemsize
+    # Long tiles keep the units busier, short ones waste less on the diagonal; either way a tile and what goes with it fill at most some 10 MiB.
+    rows, most = 512 if width > 512 else 1024, 1024 if length >= 16_384 and width <= 256 else 512
     enough = pl.next_power_of_2(max(length, LANES))
-    queries = min(KEYS, enough, max(LANES, pl.next_power_of_2(ROWS // group + 1) // 2))
-    keys = min(KEYS, enough)
+    keys = min(most, enough)
+    queries = min(keys, 512, max(LANES, pl.next_power_of_2(rows // group + 1) // 2))
     return pl.cdiv(length, keys) * keys, queries, keys
 
 
@@ -46,7 +42,8 @@ def other(word):
 def schedule(low: jax.Array, high: jax.Array, full_low: jax.Array, full_high: jax.Array, most: int) -> tuple[jax.Array, jax.Array, int]:
     """The steps of all blocks, one behind the other: block i meets blocks low[i]..high[i], of which full_low[i]..full_high[i] need no mask.
 
-    All [B,n] int32, ends included. Returns words [B*most] and how many steps the longest sequence takes. A shorter one then stays where it is, not LIVE.
+    All [B,n] int32, ends included. Returns words [B*most], how many steps the longest sequence takes, and `most`. A shorter one then stays where it
+    is, not LIVE.
     """
     end = jnp.cumsum(high - low + 1, axis=1)
     step = jnp.arange(most)
@@ -79,7 +76,7 @@ def keys_schedule(last, queries, keys):
 
 def wide(x, n):
     """(rows, LANES), all lanes equal, -> (rows, n)"""
-    return x[:, :n] if n < LANES else jnp.concatenate([x] * (n // LANES), axis=1)
+    return jnp.concatenate([x] * pl.cdiv(n, LANES), axis=1)[:, :n]
 
 
 def by_lane(x):
@@ -92,15 +89,18 @@ def column(row):
     return jnp.transpose(jnp.broadcast_to(row, (LANES, row.shape[1])))
 
 
-def product(a, b, contract):
-    """a.b over one axis of each, in float32; what is float32 stays it."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+def bias_and_distance(shape, queries_axis, queries, keys, log_beta, first, last, masked):
+    """The bias of a tile's entries, HIDDEN where masked and not visible (None if it is 0), and how far keys lie behind.
 
-
-def distances(shape, queries_axis, queries, keys):
-    """Of each entry of a tile: how far its key lies behind its query."""
-    return queries - keys + jax.lax.broadcasted_iota(jnp.int32, shape, queries_axis) - jax.lax.broadcasted_iota(jnp.int32, shape, 1 - queries_axis)
+    queries, keys: where the tile begins. log_beta, and first of the queries or last of the keys, broadcast to `shape`.
+    """
+    token, index = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (queries_axis, 1 - queries_axis))
+    distance = queries - keys + token - index
+    bias = None if log_beta is None else distance.astype(jnp.float32) * log_beta
+    if masked:
+        same = index >= first - keys if last is None else token <= last - queries
+        bias = jnp.where((distance >= 0) & same, 0.0 if bias is None else bias, HIDDEN)
+    return bias, distance
 
 
 def masked_or_not(word, tile):
@@ -122,17 +122,13 @@ def forward_kernel(words, q, k, v, log_beta, last, out, lse, mass, sums, largest
         retained[...] = jnp.zeros_like(retained)
 
     def tile(masked):
-        begin = own(word) * queries
-        distance = distances((queries, keys), 0, begin, other(word) * keys)
-        bias = 0.0 if log_beta is None else distance.astype(jnp.float32) * (log_beta[...] * LOG2E)
-        if masked:
-            time = begin + jax.lax.broadcasted_iota(jnp.int32, distance.shape, 0)
-            bias = jnp.where((distance >= 0) & (time <= last[...]), bias, HIDDEN)
+        beta = None if log_beta is None else log_beta[...]
+        bias, _ = bias_and_distance((queries, keys), 0, own(word) * queries, other(word) * keys, beta, None, last[...], masked)
         if log_beta is not None:
             retained[...] += by_lane(jnp.exp2(bias))
         for g in range(group):
             at = slice(g * queries, (g + 1) * queries)
-            logits = product(q[g], k[...], (1, 1)) * (dim**-0.5 * LOG2E) + bias
+            logits = biased(product(q[g], k[...], (1, 1)) * (dim**-0.5 * LOG2E), bias)
             new_largest = jnp.maximum(largest[at], jnp.max(logits, axis=1, keepdims=True))
             weights, decay = jnp.exp2(logits - wide(new_largest, keys)), jnp.exp2(largest[at] - new_largest)
             total[at] = total[at] * decay + by_lane(weights)
@@ -152,7 +148,7 @@ def forward_kernel(words, q, k, v, log_beta, last, out, lse, mass, sums, largest
             mass[...] = jnp.sum(jnp.transpose(retained[...]), axis=0, keepdims=True)
 
 
-def keys_kernel(words, q, k, v, log_beta, first, lse, delta, dout, dmass, dk, dv, dlog_beta, sums_k, sums_v, sums_beta, beta, *, most):
+def keys_kernel(words, q, k, v, log_beta, first, lse, delta, dout, dmass, dk, dv, dlog_beta, sums_k, sums_v, sums_beta, beta_column, *, most):
     """Tiles lie transposed here, [keys, queries], so that what each query brings lies along lanes."""
     word = words[pl.program_id(0) * most + pl.program_id(2)]
     group, queries, dim = q.shape
@@ -164,18 +160,14 @@ def keys_kernel(words, q, k, v, log_beta, first, lse, delta, dout, dmass, dk, dv
         sums_v[...] = jnp.zeros_like(sums_v)
         sums_beta[...] = jnp.zeros_like(sums_beta)
         if log_beta is not None:
-            beta[...] = column(log_beta[...] * LOG2E)
+            beta_column[...] = column(log_beta[...])
 
     def tile(masked):
-        begin = own(word) * keys
-        distance = distances((keys, queries), 1, other(word) * queries, begin)
-        bias = 0.0 if log_beta is None else distance.astype(jnp.float32) * wide(beta[...], queries)
-        if masked:
-            index = begin + jax.lax.broadcasted_iota(jnp.int32, distance.shape, 0)
-            bias = jnp.where((distance >= 0) & (index >= first[...]), bias, HIDDEN)
+        beta = None if log_beta is None else wide(beta_column[...], queries)
+        bias, distance = bias_and_distance((keys, queries), 1, other(word) * queries, own(word) * keys, beta, first[...], None, masked)
         dbias = 0.0 if log_beta is None else dmass[...] * jnp.exp2(bias)
         for g in range(group):
-            logits = product(k[...], q[g], (1, 1)) * (dim**-0.5 * LOG2E) + bias
+            logits = biased(product(k[...], q[g], (1, 1)) * (dim**-0.5 * LOG2E), bias)
             weights = jnp.exp2(logits - lse[g : g + 1] * LOG2E)
             sums_v[...] += product(weights.astype(dout.dtype), dout[g], (1, 0))
             dlogits = weights * (product(v[...], dout[g], (1, 1)) - delta[g : g + 1])
@@ -208,15 +200,11 @@ def queries_kernel(words, q, k, v, log_beta, last, lse, delta, dout, dq, sums, l
             delta_column[at] = column(delta[g : g + 1])
 
     def tile(masked):
-        begin = own(word) * queries
-        distance = distances((queries, keys), 0, begin, other(word) * keys)
-        bias = 0.0 if log_beta is None else distance.astype(jnp.float32) * (log_beta[...] * LOG2E)
-        if masked:
-            time = begin + jax.lax.broadcasted_iota(jnp.int32, distance.shape, 0)
-            bias = jnp.where((distance >= 0) & (time <= last[...]), bias, HIDDEN)
+        beta = None if log_beta is None else log_beta[...]
+        bias, _ = bias_and_distance((queries, keys), 0, own(word) * queries, other(word) * keys, beta, None, last[...], masked)
         for g in range(group):
             at = slice(g * queries, (g + 1) * queries)
-            logits = product(q[g], k[...], (1, 1)) * (dim**-0.5 * LOG2E) + bias
+            logits = biased(product(q[g], k[...], (1, 1)) * (dim**-0.5 * LOG2E), bias)
             weights = jnp.exp2(logits - wide(lse_column[at], keys))
             dlogits = weights * (product(dout[g], v[...], (1, 1)) - wide(delta_column[at], keys))
             sums[at] += product(dlogits.astype(k.dtype), k[...], (1, 0))
@@ -249,92 +237,87 @@ def specs(most: int, own_queries: bool, group: int, queries: int, keys: int, dim
     }
 
 
-def call(kernel, plan, sizes, own_queries, inputs, outputs, scratch, products, interpret):
-    """Runs kernel over batch, kv heads and the steps of `plan`. inputs, outputs: (kind, array or its shape) each, None instead of what there is not."""
+def call(kernel, own_queries, plan, sizes, inputs, outputs, scratch, products, interpret):
+    """Runs kernel over batch, kv heads and the steps of `plan`.
+
+    sizes: queries and keys of a block. inputs, outputs: (kind, array or its shape) each, None for what there is not. products: a tile's matrix products.
+    """
     words, steps, most = plan
-    kinds = specs(most, own_queries, *sizes)
-    spec = lambda x: None if x is None else kinds[x[0]]
-    value = lambda x: None if x is None else x[1]
     batch, heads, group, length, dim = inputs[0][1].shape
-    cost = pl.CostEstimate(
-        flops=products * batch * heads * group * length**2 * dim,
-        transcendentals=batch * heads * (group + 1) * length**2 // 2,
-        bytes_accessed=sum(x[1].size * x[1].dtype.itemsize for x in [*inputs, *outputs] if x is not None),
-    )
+    kinds = {None: None, **specs(most, own_queries, group, *sizes, dim)}
     return pl.pallas_call(
         functools.partial(kernel, most=most),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch, heads, steps),
-            in_specs=[spec(x) for x in inputs],
-            out_specs=[spec(x) for x in outputs],
+            in_specs=[kinds[x and x[0]] for x in inputs],
+            out_specs=[kinds[x and x[0]] for x in outputs],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         ),
-        out_shape=[value(x) for x in outputs],
+        out_shape=[None if x is None else jax.ShapeDtypeStruct(x[1].shape, x[1].dtype) for x in outputs],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=cost,
+        cost_estimate=pl.CostEstimate(
+            flops=products * batch * heads * group * length**2 * dim,
+            transcendentals=batch * heads * (group + 1) * length**2 // 2,
+            bytes_accessed=sum(x[1].size * x[1].dtype.itemsize for x in [*inputs, *outputs] if x is not None),
+        ),
         interpret=interpret,
         name=kernel.__name__,
-    )(words, *[value(x) for x in inputs])
+    )(words, *[None if x is None else x[1] for x in inputs])
 
 
-def time_last(x, padded):
-    """[B,T,H,..,D] -> [B,H,..,T,D], zeros up to `padded` tokens."""
-    x = jnp.moveaxis(x, 1, -2)
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, padded - x.shape[-2]), (0, 0)])
+def time_inside(x, padded):
+    """[B,T,H,G,D] or [B,T,H,D] -> [B,H,G,T,D] or [B,H,T,D], T padded."""
+    return jnp.moveaxis(grow(x, 1, padded), 1, -2)
 
 
-def time_second(x, length):
+def time_outside(x, length):
     return jnp.moveaxis(x[..., :length, :], -2, 1)
 
 
-def documents(segment_ids, batch, length, padded):
-    """first_of_document and last_of_document, [B,padded] each; padding belongs to the last document, in which nothing before it sees it."""
-    if segment_ids is not None:
-        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padded - length)), mode="edge")
-    return first_of_document(segment_ids, (batch, padded)), last_of_document(segment_ids, (batch, padded))
+def number(kind, x, padded):
+    """(kind, [B,T,H] as [B,H,1,T]), T padded."""
+    return None if x is None else (kind, jnp.swapaxes(grow(x, 1, padded), 1, 2)[:, :, None])
+
+
+def per_token(x, length):
+    return None if x is None else jnp.swapaxes(x[:, :, 0, :length], 1, 2)
 
 
 def forward(q, k, v, log_beta, segment_ids, interpret=False):
     batch, length, heads, group, dim = q.shape
-    padded, queries, keys = blocks(length, group)
-    first, last = documents(segment_ids, batch, length, padded)
+    padded, queries, keys = blocks(length, group, dim, q.dtype)
+    first, last = document_bounds(segment_ids, batch, length, padded)
+    q, k, v = (time_inside(x, padded) for x in (q, k, v))
+    beta = None if log_beta is None else number("beta", log_beta * LOG2E, padded)
+    mass = None if log_beta is None else ("mass", beta[1])
+    inputs = [("q", q), ("k", k), ("k", v), beta, ("last", last[:, None])]
+    outputs = [("q", q), ("lse", jax.ShapeDtypeStruct((batch, heads, group, padded), jnp.float32)), mass]
     rows = (group * queries, LANES)
-    per_key = None if log_beta is None else ("beta", time_last(log_beta[..., None], padded)[..., 0][:, :, None])
-    inputs = [("q", time_last(q, padded)), ("k", time_last(k, padded)), ("k", time_last(v, padded)), per_key, ("last", last[:, None])]
-    shape = jax.ShapeDtypeStruct
-    outputs = [
-        ("q", shape((batch, heads, group, padded, dim), q.dtype)),
-        ("lse", shape((batch, heads, group, padded), jnp.float32)),
-        None if log_beta is None else ("mass", shape((batch, heads, 1, padded), jnp.float32)),
-    ]
-    plan = queries_schedule(first, queries, keys)
     scratch = [(group * queries, dim), rows, rows, (queries, LANES)]
-    out, lse, mass = call(forward_kernel, plan, (group, queries, keys, dim), True, inputs, outputs, scratch, 2, interpret)
-    return time_second(out, length), None if mass is None else time_second(mass[:, :, 0, :, None], length)[..., 0], lse[..., :length]
+    plan = queries_schedule(first, queries, keys)
+    out, lse, mass = call(forward_kernel, True, plan, (queries, keys), inputs, outputs, scratch, 2, interpret)
+    return time_outside(out, length), per_token(mass, length), lse[..., :length]
 
 
 def backward(q, k, v, log_beta, segment_ids, lse, delta, dout, dmass, interpret=False):
-    batch, length, heads, group, dim = q.shape
-    padded, queries, keys = blocks(length, group)
-    first, last = documents(segment_ids, batch, length, padded)
+    batch, length, _, group, dim = q.shape
+    padded, queries, keys = blocks(length, group, dim, q.dtype)
+    first, last = document_bounds(segment_ids, batch, length, padded)
+    q, k, v, dout = (("q" if x.ndim == 5 else "k", time_inside(x, padded)) for x in (q, k, v, dout))
+    lse, delta = (("lse", grow(x, 3, padded)) for x in (lse, delta))
+    beta = None if log_beta is None else number("beta", log_beta * LOG2E, padded)
     rows = (group * queries, LANES)
-    per_key = None if log_beta is None else ("beta", time_last(log_beta[..., None], padded)[..., 0][:, :, None])
-    per_query = None if log_beta is None else ("mass", time_last(dmass[..., None], padded)[..., 0][:, :, None])
-    q, k, v, dout = (time_last(x, padded) for x in (q, k, v, dout))
-    lse, delta = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padded - length))) for x in (lse, delta))
-    shape = jax.ShapeDtypeStruct
-    inputs = [("q", q), ("k", k), ("k", v), per_key, ("first", first[:, None]), ("lse", lse), ("lse", delta), ("q", dout), per_query]
-    outputs = [("k", shape(k.shape, k.dtype)), ("k", shape(v.shape, v.dtype)), None if log_beta is None else ("beta", shape(per_key[1].shape, jnp.float32))]
-    plan = keys_schedule(last, queries, keys)
-    scratch = [(keys, dim), (keys, dim), (keys, LANES), (keys, LANES)]
-    dk, dv, dbeta = call(keys_kernel, plan, (group, queries, keys, dim), False, inputs, outputs, scratch, 4, interpret)
-    inputs = [("q", q), ("k", k), ("k", v), per_key, ("last", last[:, None]), ("lse", lse), ("lse", delta), ("q", dout)]
-    plan = queries_schedule(first, queries, keys)
+
+    inputs = [q, k, v, beta, ("last", last[:, None]), lse, delta, dout]
     scratch = [(group * queries, dim), rows, rows]
-    [dq] = call(queries_kernel, plan, (group, queries, keys, dim), True, inputs, [("q", shape(q.shape, q.dtype))], scratch, 3, interpret)
-    dbeta = None if dbeta is None else time_second(dbeta[:, :, 0, :, None], length)[..., 0]
-    return time_second(dq, length), time_second(dk, length), time_second(dv, length), dbeta
+    [dq] = call(queries_kernel, True, queries_schedule(first, queries, keys), (queries, keys), inputs, [q], scratch, 3, interpret)
+
+    inputs = [q, k, v, beta, ("first", first[:, None]), lse, delta, dout, number("mass", dmass, padded)]
+    scratch = [(keys, dim), (keys, dim), (keys, LANES), (keys, LANES)]
+    plan = keys_schedule(last, queries, keys)
+    dk, dv, dlog_beta = call(keys_kernel, False, plan, (queries, keys), inputs, [k, v, beta], scratch, 4, interpret)
+    return *(time_outside(x, length) for x in (dq, dk, dv)), per_token(dlog_beta, length)
 
 
 def retention_attention(q, k, v, log_beta=None, segment_ids=None, interpret=False):

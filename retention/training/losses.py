@@ -4,18 +4,6 @@ import jax
 import jax.numpy as jnp
 
 
-def retained_mass(log_beta: jax.Array, times: jax.Array) -> jax.Array:
-    """S_t = sum over i <= t of beta_i^(t-i), for each stream: how many tokens' worth of cache the gates hold at time t.
-
-    log_beta [B,T,H] float32, times [N] int -> [B,H,N] float32.
-    """
-    # [N, T]
-    distance = times[:, None] - jnp.arange(log_beta.shape[1])
-    # A future token contributes nothing; its exponent is zeroed before exp, for an overflow there would poison the gradient with NaN.
-    exponent = jnp.moveaxis(log_beta, 1, 2)[:, :, None] * jnp.maximum(distance, 0)
-    return jnp.sum(jnp.where(distance >= 0, jnp.exp(exponent), 0.0), axis=-1)
-
-
 def capacity_loss(mass: jax.Array, times: jax.Array, lengths: jax.Array, budget: jax.Array) -> jax.Array:
     """How far the retained mass exceeds the budget, relative to the most it could, averaged over the times that exceed it; 0 if none does.
 

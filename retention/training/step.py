@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from retention import gates as gates_lib
-from retention.attention import causal_attention
+from retention.attention import retention_attention
 from retention.model import Config, bind, plain_attend
-from retention.training.losses import capacity_loss, masked_mean, retained_mass, token_losses
+from retention.training.losses import capacity_loss, masked_mean, token_losses
 
 
 class TrainState(NamedTuple):
@@ -51,7 +51,7 @@ def gate_input_rms(config: Config, params: dict, tokens: jax.Array) -> jax.Array
     """[L] float32: root mean square of each layer's gate input over tokens [B,T], for `gates.init`."""
 
     def attend(carry, layer_input, q, k, v, h):
-        return carry, causal_attention(q, k, v), jnp.sqrt(jnp.mean(jnp.square(h.astype(jnp.float32))))
+        return carry, retention_attention(q, k, v)[0], jnp.sqrt(jnp.mean(jnp.square(h.astype(jnp.float32))))
 
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     return bind(config, params)(tokens, positions, attend)[2]
@@ -81,7 +81,9 @@ def make_step(config: Config, gate: gates_lib.GateConfig, optimizer: optax.Gradi
             log_beta = gates_lib.log_beta(layer, h, config.kv_heads)
             # Sinks that inference will protect are kept here too, so that the student is the model that will be used.
             log_beta = jnp.where(positions[..., None] < gate.sinks, 0.0, log_beta)
-            return carry, causal_attention(q, k, v, log_beta), retained_mass(log_beta, times)
+            out, mass = retention_attention(q, k, v, log_beta)
+            # [B, H, N]
+            return carry, out, jnp.moveaxis(mass, 1, 2)[:, :, jnp.minimum(times, tokens.shape[1] - 1)]
 
         def at_targets(hidden):
             return decoder.logits(jnp.take_along_axis(hidden, targets[..., None], axis=1))

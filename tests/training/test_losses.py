@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retention.training.losses import capacity_loss, masked_mean, retained_mass, token_losses
+from retention.training.losses import capacity_loss, masked_mean, token_losses
 
 
 def double_loop_mass(log_beta, times):
@@ -16,46 +16,6 @@ def double_loop_mass(log_beta, times):
         for j in range(min(t + 1, length)):
             mass[:, :, n] += np.exp((t - j) * log_beta[:, j].astype(np.float64))
     return mass
-
-
-def log_betas(batch=2, length=23, heads=3, seed=0):
-    """From hardly forgetting to forgetting at once: -1e-4 .. -30."""
-    return -np.exp(np.random.default_rng(seed).uniform(np.log(1e-4), np.log(30), (batch, length, heads))).astype(np.float32)
-
-
-def test_retained_mass_is_the_double_sum():
-    log_beta, times = log_betas(), np.array([0, 1, 5, 22, 30])  # the last lies past the end, as a batch's capacity times may
-    mass = retained_mass(jnp.asarray(log_beta), jnp.asarray(times))
-    assert mass.shape == (2, 3, 5) and mass.dtype == jnp.float32
-    np.testing.assert_allclose(mass, double_loop_mass(log_beta, times), rtol=1e-5)
-
-
-def test_retained_mass_at_its_ends():
-    times = jnp.arange(9)
-    # beta = 1 keeps every token; beta = 0 keeps none but the newest.
-    np.testing.assert_array_equal(retained_mass(jnp.zeros((1, 9, 1)), times)[0, 0], times + 1)
-    np.testing.assert_array_equal(retained_mass(jnp.full((1, 9, 1), -1e4), times)[0, 0], np.ones(9))
-
-
-def test_gradient_of_retained_mass_is_the_papers():
-    log_beta, times = log_betas(seed=1), np.array([0, 3, 11, 22])
-    weight = np.random.default_rng(2).normal(size=(2, 3, len(times)))
-    gradient = jax.grad(lambda x: jnp.sum(weight * retained_mass(x, jnp.asarray(times))))(jnp.asarray(log_beta))
-    wanted = np.zeros(log_beta.shape)
-    for j in range(log_beta.shape[1]):
-        for n, t in enumerate(times):
-            if t >= j:
-                wanted[:, j] += weight[:, :, n] * (t - j) * np.exp((t - j) * log_beta[:, j].astype(np.float64))
-    np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-5)
-    assert np.abs(wanted).max() > 10  # the case is not a trivial one
-
-
-@pytest.mark.parametrize("value", [-1e3, -1e30, -3e38])
-def test_no_nan_where_a_gate_forgets_at_once(value):
-    """With (t-i) log beta for future i too, exp would overflow at these values, and where() would turn that into NaN gradients."""
-    log_beta = jnp.full((1, 40, 2), value)
-    mass, gradient = jax.value_and_grad(lambda x: retained_mass(x, jnp.arange(40)).sum())(log_beta)
-    assert mass == 80 and not np.isnan(gradient).any()
 
 
 # Two streams, budget 2 tokens a stream. Mass at t = 0 .. 3, all retained by the first stream, half of the older ones by the second.
