@@ -18,14 +18,22 @@ from pallas_kernels.retention_attention.common import HIDDEN, LOG2E, biased, dif
 PADDING = 128  # T is padded to a multiple of it, and so of every block of keys
 
 
-def tiles(dim: int, dtype) -> dict:
-    """Kernel -> (query rows of a tile, keys of a tile, warps, stages of the pipeline of loads)."""
+class Tiles(NamedTuple):
+    rows: int  # queries
+    keys: int
+    warps: int
+    stages: int  # of the pipeline of loads
+
+
+def tiles(group: int, dim: int, dtype) -> dict[str, Tiles]:
+    """By kernel."""
     if dtype == jnp.float32:  # no tensor cores at full precision
-        rows = 32 if dim > 64 else 64
-        return {"forward": (rows, 32, 4, 2), "keys": (rows, 32, 4, 2), "queries": (rows, 32, 4, 2)}
-    if dim > 128:
-        return {"forward": (128, 32, 8, 2), "keys": (32, 64, 8, 2), "queries": (64, 32, 8, 2)}
-    return {"forward": (128, 128, 8, 2), "keys": (64, 128, 8, 2), "queries": (128, 64, 8, 2)}
+        found = dict.fromkeys(("forward", "keys", "queries"), Tiles(32 if dim > 64 else 64, 32, 4, 2))
+    elif dim > 128:
+        found = {"forward": Tiles(128, 32, 8, 2), "keys": Tiles(32, 64, 8, 2), "queries": Tiles(64, 32, 8, 2)}
+    else:
+        found = {"forward": Tiles(128, 128, 8, 2), "keys": Tiles(64, 128, 8, 2), "queries": Tiles(128, 64, 8, 2)}
+    return {name: tile._replace(rows=max(tile.rows, pl.next_power_of_2(group))) for name, tile in found.items()}
 
 
 class Rows(NamedTuple):
@@ -107,10 +115,16 @@ def two_loops(low, full_low, full_high, high, tile, state):
     return jax.lax.fori_loop(0, before + high - full_high, masked, state)
 
 
-def over_keys(begin, end, first, keys, tile, state):
-    """two_loops over the blocks of keys that the queries of tokens begin..end see."""
+def keys_seen(begin, end, first, keys: int):
+    """Which blocks of keys the queries of tokens begin..end see, as two_loops takes them."""
     low, full_low = (0, 0) if first is None else (first[begin] // keys, pl.cdiv(first[end - 1], keys))
-    return two_loops(low, full_low, (begin + 1) // keys, pl.cdiv(end, keys), tile, state)
+    return low, full_low, (begin + 1) // keys, pl.cdiv(end, keys)
+
+
+def queries_seeing(begin, keys: int, last, length: int, tokens: int):
+    """Which blocks of queries see the keys begin..begin + keys, as two_loops takes them."""
+    end, full_end = (length, length) if last is None else (last[begin + keys - 1] + 1, last[begin] + 1)
+    return begin // tokens, pl.cdiv(begin + keys - 1, tokens), full_end // tokens, pl.cdiv(end, tokens)
 
 
 def forward_kernel(q, k, v, log_beta, first, out, lse, mass, *, rows, keys, scale):
@@ -139,7 +153,7 @@ def forward_kernel(q, k, v, log_beta, first, out, lse, mass, *, rows, keys, scal
     retained = zeros(() if log_beta is None else (own_tokens.token.shape[0], keys))
     state = (jnp.full((rows,), -jnp.inf), zeros((rows,)), zeros((rows, dim)), retained)
     end = jnp.minimum(own.begin + rows // group, length)
-    largest, total, sums, retained = over_keys(own.begin, end, first, keys, tile, state)
+    largest, total, sums, retained = two_loops(*keys_seen(own.begin, end, first, keys), tile, state)
     store(out, own, sums / total[:, None])
     store(lse, own, (largest + jnp.log2(total)) / LOG2E)
     if log_beta is not None:
@@ -162,13 +176,13 @@ def queries_kernel(q, k, v, log_beta, first, lse, delta, dout, dq, *, rows, keys
         return sums + product(dlogits.astype(k.dtype), k[at, :], (1, 0))
 
     end = jnp.minimum(own.begin + rows // group, length)
-    store(dq, own, over_keys(own.begin, end, first, keys, tile, jnp.zeros((rows, dim), jnp.float32)) * scale)
+    sums = two_loops(*keys_seen(own.begin, end, first, keys), tile, jnp.zeros((rows, dim), jnp.float32))
+    store(dq, own, sums * scale)
 
 
 def keys_kernel(q, k, v, log_beta, last, lse, delta, dout, dmass, dk, dv, dlog_beta, *, rows, keys, scale):
     """Tiles lie transposed here, [keys, rows]."""
     length, group, dim = q.shape
-    tokens = rows // group
     begin = pl.program_id(0) * keys
     at, index = pl.ds(begin, keys), jnp.arange(keys)[:, None]
     own_keys, own_values = k[at, :], v[at, :]
@@ -193,10 +207,8 @@ def keys_kernel(q, k, v, log_beta, last, lse, delta, dout, dmass, dk, dv, dlog_b
         return sums_k, sums_v, sums_beta
 
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
-    end, full_end = (length, length) if last is None else (last[begin + keys - 1] + 1, last[begin] + 1)
     state = (zeros((keys, dim)), zeros((keys, dim)), zeros((keys,)))
-    bounds = begin // tokens, pl.cdiv(begin + keys - 1, tokens), full_end // tokens, pl.cdiv(end, tokens)
-    sums_k, sums_v, sums_beta = two_loops(*bounds, tile, state)
+    sums_k, sums_v, sums_beta = two_loops(*queries_seeing(begin, keys, last, length, rows // group), tile, state)
     dk[at, :] = (sums_k * scale).astype(dk.dtype)
     dv[at, :] = sums_v.astype(dv.dtype)
     if log_beta is not None:
@@ -223,8 +235,7 @@ def call(kernel, name, dim, inputs, outputs, interpret):
     dim: D before padding. inputs, outputs: (kind, array or its shape) each, None for what there is not.
     """
     batch, length, heads, group, _ = inputs[0][1].shape
-    rows, keys, warps, stages = tiles(dim, inputs[0][1].dtype)[name]
-    rows = max(rows, pl.next_power_of_2(group))
+    rows, keys, warps, stages = tiles(group, dim, inputs[0][1].dtype)[name]
     return pl.pallas_call(
         functools.partial(kernel, rows=rows, keys=keys, scale=dim**-0.5),
         grid=(pl.cdiv(length, keys if name == "keys" else rows // group), heads, batch),

@@ -240,7 +240,7 @@ def specs(most: int, own_queries: bool, group: int, queries: int, keys: int, dim
 def call(kernel, own_queries, plan, sizes, inputs, outputs, scratch, products, interpret):
     """Runs kernel over batch, kv heads and the steps of `plan`.
 
-    sizes: queries and keys of a block. inputs, outputs: (kind, array or its shape) each, None for what there is not. products: a tile's matrix products.
+    sizes: queries and keys of a block. inputs, outputs: (kind, array or its shape) each, None for what there is not. products: matrix products a tile.
     """
     words, steps, most = plan
     batch, heads, group, length, dim = inputs[0][1].shape
