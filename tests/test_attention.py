@@ -10,7 +10,6 @@ import pytest
 from retention.attention import retention_attention
 
 
-
 def causal_attention(q, k, v, log_beta=None):
     return retention_attention(q, k, v, log_beta)[0]
 

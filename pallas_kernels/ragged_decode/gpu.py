@@ -96,7 +96,10 @@ def attend_kernel(layer, starts, buffered, q, *refs, block):
                 state,
             )
         in_each = jnp.maximum(buffered[b], 1)
-        of_head = lambda entry: jax.lax.div(entry, jnp.broadcast_to(in_each, entry.shape))
+
+        def of_head(entry):
+            return jax.lax.div(entry, jnp.broadcast_to(in_each, entry.shape))
+
         largest, total, sums = attend(
             *cached[-2:],
             lambda entry: jnp.broadcast_arrays(layer[0], b, of_head(entry)[:, None], (entry - of_head(entry) * in_each)[:, None], column),

@@ -137,7 +137,8 @@ def kernel(bounds, buffered, layer, q, k, v, *refs, found, group, shares):
 
             # Branch within branch: what is not needed here still costs the scalar core some cycles where it is only predicated.
             @pl.when((i >= items) & (i < items_end))
-            def _(source=source, fetch=fetch, at=pl.multiple_of(first + (i - items) * source.block, source.tile), end=end):
+            def _(source=source, fetch=fetch, first=first, end=end, items=items):
+                at = pl.multiple_of(first + (i - items) * source.block, source.tile)
                 whole, rest = source.fetched(at, end)
                 if source.block <= source.whole:
 
@@ -150,8 +151,8 @@ def kernel(bounds, buffered, layer, q, k, v, *refs, found, group, shares):
                     for size, offset, needed in source.pieces(whole):
 
                         @pl.when(needed)
-                        def _(size=size, offset=pl.multiple_of(offset, source.tile)):
-                            fetch(size, pl.multiple_of(at + offset, source.tile), offset)
+                        def _(size=size, offset=offset):
+                            fetch(size, pl.multiple_of(at + offset, source.tile), pl.multiple_of(offset, source.tile))
 
                     if source.whole < source.entries:
 

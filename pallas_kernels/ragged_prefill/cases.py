@@ -106,5 +106,6 @@ REAL = {
     "SmolLM2-135M T=256 M=2048 f32": real(30, 3, 3, 64, 256, 2048, 1, "float32"),
     "D=256 T=256 M=512 B=8": real(26, 4, 2, 256, 256, 512, 8),
     "D=256 T=512 M=512 f32": real(26, 4, 4, 256, 512, 512, 1, "float32"),
-    "unaligned T=300 G=7 M=513 B=3": real(3, 3, 7, 128, 300, 513, 3),
+    # No multiples of 16, but of 8: elsewhere v5p has layouts of its own, and XLA copies.
+    "unaligned T=296 G=7 M=514 B=3": real(36, 3, 7, 128, 296, 514, 3),
 }

@@ -71,6 +71,17 @@ def test_tpu_kernel_has_no_races(name):
     assert not interpret_pallas_call.races.races_found
 
 
+def test_fetches_begin_at_whole_tiles():
+    # Interpret mode would fetch from anywhere.
+    for part in tpu.parts(slots=1403, width=700, length=600, dim=64, dtype="bfloat16") + tpu.parts(1403, 700, 600, 128, "bfloat16"):
+        for begin in range(0, part.entries, 37):
+            begin, end, count = part.touched(part.offset + begin, part.offset + part.entries)
+            rows = [[int(x) for x in part.place(i, begin)] for i in range(int(count))]
+            assert all(at % part.tile == 0 and 0 <= at <= part.entries - part.block for at, _ in rows)
+            assert rows[0][1] == begin and rows[-1][0] + part.block >= end
+            assert all(at + part.block >= following for (at, _), (_, following) in zip(rows, rows[1:], strict=False))
+
+
 def test_layer_may_come_from_a_scan():
     case = dataclasses.replace(cases.SMALL["unequal batch"], layers=3, slots=1300)
     given = cases.arrays(case)

@@ -1,0 +1,248 @@
+"""retention_attention: reference against numpy, kernels and CPU form against the reference with gradients, schedules, checks by name, traffic."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.retention_attention import bench, cases, gpu, reference, retention_attention, tpu, xla
+from pallas_kernels.retention_attention.cases import REAL, SMALL, Case
+from pallas_kernels.retention_attention.common import document_bounds
+
+FORMS = {
+    "xla": xla.retention_attention,
+    "tpu": functools.partial(tpu.retention_attention, interpret=True),
+    "gpu": functools.partial(gpu.retention_attention, interpret=True),
+}
+NAMES = ("q", "k", "v", "log_beta")
+
+
+def by_hand(q, k, v, log_beta, segment_ids):
+    """out and mass in float64, one query at a time."""
+    q, k, v, log_beta = (np.asarray(x, np.float64) for x in (q, k, v, log_beta))
+    out, mass = np.zeros(q.shape), np.zeros(log_beta.shape)
+    for b, t, h in np.ndindex(*log_beta.shape):
+        first = t
+        while first > 0 and (segment_ids is None or segment_ids[b, first - 1] == segment_ids[b, t]):
+            first -= 1
+        bias = np.array([(t - i) * log_beta[b, i, h] for i in range(first, t + 1)])
+        mass[b, t, h] = sum(math.exp(x) for x in bias)
+        for g in range(q.shape[3]):
+            logits = k[b, first : t + 1, h] @ q[b, t, h, g] / math.sqrt(q.shape[-1]) + bias
+            weights = np.exp(logits - logits.max())
+            out[b, t, h, g] = weights / weights.sum() @ v[b, first : t + 1, h]
+    return out, mass
+
+
+def value_and_gradients(attention, given):
+    """out, mass and the gradients of a weighted sum of them, by name."""
+    random = np.random.default_rng(7)
+    weight = jnp.asarray(random.normal(size=given["q"].shape), jnp.float32)
+    mass_weight = jnp.asarray(random.normal(size=given["k"].shape[:3]), jnp.float32)
+    inputs = {name: given[name] for name in NAMES if given[name] is not None}
+
+    def loss(inputs):
+        out, mass = attention(**{**given, **inputs})
+        return jnp.sum(out.astype(jnp.float32) * weight) + jnp.sum(mass * mass_weight), (out, mass)
+
+    (_, (out, mass)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(inputs)
+    return {"out": out, "mass": mass, **gradients}
+
+
+@functools.cache
+def expected(case: Case):
+    return value_and_gradients(reference.retention_attention, cases.arrays(case))
+
+
+def assert_close(got, want, dtype):
+    """Largest difference over largest entry: 1e-4 in float32, 2e-2 in bfloat16; float32 results of bfloat16 inputs are held to the stricter one."""
+    assert got.keys() == want.keys()
+    for name, b in want.items():
+        a, b = np.asarray(got[name], np.float64), np.asarray(b, np.float64)
+        assert a.shape == b.shape and got[name].dtype == want[name].dtype, name
+        assert np.all(np.isfinite(a)), name
+        allowed = 2e-2 if dtype == "bfloat16" and name != "mass" else 1e-4
+        # log_beta of one token on its own has no gradient at all.
+        assert np.abs(a - b).max() <= allowed * max(np.abs(b).max(), 1e-6), f"{name}: {np.abs(a - b).max()} of {np.abs(b).max()}"
+
+
+@pytest.mark.parametrize("case", [Case(2, 13, 2, 2, 4, documents=((1, 5, 4), (12,))), Case(1, 9, 1, 1, 4), Case(1, 8, 1, 3, 4, forgetting="at once")])
+def test_reference_by_hand(case):
+    given = cases.arrays(case)
+    out, mass = by_hand(**given)
+    got = reference.retention_attention(**given)
+    np.testing.assert_allclose(got[0], out, atol=2e-6)
+    np.testing.assert_allclose(got[1], mass, rtol=2e-6)
+    assert mass[0, 0, 0] == 1.0
+
+
+def test_ids_that_come_again_are_another_document():
+    ids = jnp.array([[5, 5, 3, 3, 3, 5], [1, 2, 1, 2, 1, 1]])
+    assert reference.first_of_document(ids, (2, 6)).tolist() == [[0, 0, 2, 2, 2, 5], [0, 1, 2, 3, 4, 4]]
+    assert reference.last_of_document(ids, (2, 6)).tolist() == [[1, 1, 4, 4, 4, 5], [0, 1, 2, 3, 5, 5]]
+    assert reference.first_of_document(None, (1, 3)).tolist() == [[0, 0, 0]] and reference.last_of_document(None, (1, 3)).tolist() == [[2, 2, 2]]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", SMALL)
+def test_small(name, form):
+    assert_close(value_and_gradients(FORMS[form], cases.arrays(SMALL[name])), expected(SMALL[name]), SMALL[name].dtype)
+
+
+MANY_TILES = Case(2, 500, 1, 2, 32, documents=((3, 1, 300, 40), (499,)))
+
+
+@pytest.mark.parametrize("queries, keys", [(128, 128), (128, 256), (256, 128)])
+def test_tpu_many_tiles(monkeypatch, queries, keys):
+    """One sequence takes far fewer steps than the other, and rows begin with tiles in which they see nothing."""
+    monkeypatch.setattr(tpu, "blocks", lambda *_: (512, queries, keys))
+    assert_close(value_and_gradients(FORMS["tpu"], cases.arrays(MANY_TILES)), expected(MANY_TILES), "float32")
+
+
+def test_tpu_races(monkeypatch):
+    monkeypatch.setattr(tpu, "blocks", lambda *_: (256, 128, 128))
+    case = Case(2, 200, 1, 2, 32, documents=((150,), (1, 130)))
+    params = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
+    got = value_and_gradients(functools.partial(tpu.retention_attention, interpret=params), cases.arrays(case))
+    assert_close(got, expected(case), "float32")
+    assert not interpret_pallas_call.races.races_found
+
+
+@pytest.mark.parametrize("documents", [None, ((3, 1, 300, 40), (499,), (128, 128, 256))])
+@pytest.mark.parametrize("queries, keys", [(128, 128), (128, 512), (256, 128)])
+def test_schedule(documents, queries, keys):
+    """Every tile with anything visible once, and no other; masks where anything is hidden; FIRST and LAST around each block."""
+    length = 1024
+    case = Case(3, length, 1, 1, 8, documents=documents)
+    ids = cases.segment_ids(case)
+    first, last = document_bounds(None if ids is None else jnp.asarray(ids), 3, length, length)
+    time = np.arange(length)
+    visible = (time[:, None] >= time) & (time >= np.asarray(first)[:, :, None])
+    tiles = visible.reshape(3, length // queries, queries, length // keys, keys).transpose(0, 1, 3, 2, 4)
+    anything, everything = tiles.any(axis=(3, 4)), tiles.all(axis=(3, 4))
+    for plan, of_keys in ((tpu.queries_schedule(first, queries, keys), False), (tpu.keys_schedule(last, queries, keys), True)):
+        words, steps, most = (np.asarray(x) for x in plan)
+        assert steps == anything.sum(axis=(1, 2)).max() <= most
+        for b, row in enumerate(words.reshape(3, most)):
+            alive = row[row & tpu.LIVE != 0]
+            own, other = tpu.own(alive), tpu.other(alive)
+            at = (other, own) if of_keys else (own, other)
+            met = np.zeros(anything[b].shape, int)
+            np.add.at(met, at, 1)
+            np.testing.assert_array_equal(met, anything[b])
+            np.testing.assert_array_equal(alive & tpu.MASKED == 0, everything[b][at])
+            np.testing.assert_array_equal(alive & tpu.FIRST != 0, np.diff(own, prepend=-1) != 0)
+            np.testing.assert_array_equal(alive & tpu.LAST != 0, np.diff(own, append=-1) != 0)
+            # A sequence that is done stays where it is and does nothing.
+            idle = row[len(alive) :]
+            assert np.all(idle == alive[-1] & ~15)
+
+
+@pytest.mark.parametrize("rows, group, keys", [(128, 4, 64), (128, 3, 32), (64, 1, 128), (32, 8, 32)])
+def test_gpu_loops(rows, group, keys):
+    """Either kernel's two loops meet each tile with anything visible once, and mask those with anything hidden."""
+    length, tokens = 384, rows // group
+    first, last = (np.asarray(x)[0] for x in document_bounds(jnp.asarray(cases.segment_ids(Case(1, length, 1, 1, 8, documents=((100, 1, 130),)))), 1, length, length))
+    time = np.arange(length)
+    visible = (time[:, None] >= time) & (time >= first[:, None])
+
+    def loops(bounds, n):
+        count = lambda masked, i, met: met.at[i].add(2 if masked else 1)  # noqa: E731
+        return np.asarray(gpu.two_loops(*bounds, count, jnp.zeros(n, jnp.int32)))
+
+    def check(met, slices):
+        for i, tile in enumerate(slices):
+            assert met[i] in ((1, 2) if tile.all() else (2,) if tile.any() else (0,)), (i, met)
+        full = sum(tile.all() for tile in slices)
+        assert np.sum(met == 1) >= full - 1, "masks where there is no need"
+
+    for begin in range(0, length, tokens):
+        end = min(begin + tokens, length)
+        met = loops(gpu.keys_seen(begin, end, jnp.asarray(first), keys), length // keys)
+        check(met, [visible[begin:end, j : j + keys] for j in range(0, length, keys)])
+    for begin in range(0, length, keys):
+        met = loops(gpu.queries_seeing(begin, keys, jnp.asarray(last), length, tokens), -(-length // tokens))
+        check(met, [visible[i : i + tokens, begin : begin + keys] for i in range(0, length, tokens)])
+
+
+def test_public_function_is_traced_and_differentiated_anywhere():
+    """In a scan, rematerialised and batched, as a model does it."""
+    given = cases.arrays(Case(1, 40, 2, 2, 16, documents=((7,),)))
+
+    def loss(inputs):
+        attend = jax.checkpoint(lambda q: retention_attention(q, inputs["k"], inputs["v"], inputs["log_beta"], given["segment_ids"]))
+        _, (out, mass) = jax.lax.scan(lambda carry, q: (carry, attend(q)), 0, jnp.stack([inputs["q"], 2 * inputs["q"]]))
+        return jnp.sum(out[1] ** 2) + jnp.sum(mass[0] ** 2)
+
+    def plain_loss(inputs):
+        out, mass = reference.retention_attention(2 * inputs["q"], inputs["k"], inputs["v"], inputs["log_beta"], given["segment_ids"])
+        return jnp.sum(out**2) + jnp.sum(mass**2)
+
+    inputs = {name: given[name] for name in NAMES}
+    assert_close(jax.jit(jax.grad(loss))(inputs), jax.grad(plain_loss)(inputs), "float32")
+
+
+@pytest.mark.parametrize("form", ["tpu", "gpu"])
+def test_nothing_is_quadratic(form):
+    """Forward and backward at T=128K hold no array larger than the queries."""
+    case = REAL["Qwen3-4B T=128K"]
+    given = cases.shapes(case)
+    module = {"tpu": tpu, "gpu": gpu}[form]
+
+    def loss(q, k, v, log_beta):
+        out, mass = module.retention_attention(q, k, v, log_beta)
+        return jnp.sum(out.astype(jnp.float32)) + jnp.sum(mass)
+
+    def sizes(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (math.prod(v.aval.shape) for v in equation.outvars)
+            for inner in jax.core.jaxprs_in_params(equation.params):
+                yield from sizes(inner)
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2, 3)))(*(given[name] for name in NAMES))
+    assert max(sizes(jaxpr.jaxpr)) == math.prod(given["q"].shape)
+
+
+BAD = [
+    ({"q": jnp.zeros((2, 3, 4, 5))}, r"q has shape \(2, 3, 4, 5\).*\[B,T,H,G,D\]"),
+    ({"q": jnp.zeros((2, 6, 2, 0, 4))}, "q has shape"),
+    ({"q": jnp.zeros((2, 6, 2, 2, 4), jnp.float16)}, "q has dtype float16.*bfloat16"),
+    ({"k": jnp.zeros((2, 6, 1, 4))}, r"k has shape \(2, 6, 1, 4\).*\(2, 6, 2, 4\)"),
+    ({"v": jnp.zeros((2, 5, 2, 4))}, "v has shape"),
+    ({"v": jnp.zeros((2, 6, 2, 4), jnp.bfloat16)}, "v has dtype bfloat16.*float32"),
+    ({"log_beta": jnp.zeros((2, 6, 2, 1))}, r"log_beta has shape.*\[B,T,H\]"),
+    ({"log_beta": jnp.zeros((2, 6, 2), jnp.bfloat16)}, "log_beta has dtype bfloat16"),
+    ({"log_beta": jnp.full((2, 6, 2), 1e-3)}, "log_beta holds"),
+    ({"log_beta": jnp.full((2, 6, 2), -jnp.inf)}, "log_beta holds"),
+    ({"log_beta": jnp.full((2, 6, 2), jnp.nan)}, "log_beta holds"),
+    ({"segment_ids": jnp.zeros((6,), jnp.int32)}, r"segment_ids has shape \(6,\).*\(2, 6\)"),
+    ({"segment_ids": jnp.zeros((2, 6))}, "segment_ids has dtype float32"),
+    ({"implementation": "triton"}, "implementation is 'triton'.*'gpu'"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD)
+def test_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        retention_attention(**{**cases.arrays(Case(2, 6, 2, 2, 4)), **change})
+
+
+def test_shapes_are_those_of_arrays():
+    for case in SMALL.values():
+        described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), cases.arrays(case))
+        assert described == cases.shapes(case)
+
+
+@pytest.mark.parametrize("target, flops_per_byte", [("v5e", 1000), ("h100", 140)])
+def test_traffic(target, flops_per_byte):
+    """Enough arithmetic for each byte to keep the matrix units busy: 240 on a v5e, 560 on a v6e, and on an H100 some 140 from its level-2 cache."""
+    case = Case(1, 32_768, 8, 4, 128, "bfloat16")
+    fewest, moved = bench.traffic(case, target)
+    assert fewest == 32_768 * 8 * 128 * 2 * 30 < moved < bench.flops(case) / flops_per_byte
+    packed = bench.traffic(Case(1, 32_768, 8, 4, 128, "bfloat16", documents=((4096,) * 7,)), target)
+    assert packed[0] == fewest and (packed[1] - fewest) < (moved - fewest) / 4, "other documents are fetched"
