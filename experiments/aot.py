@@ -15,8 +15,8 @@ from tqdm import tqdm
 from pallas_kernels import aot, operations
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder for kernels.csv.", required=True)
-OPERATIONS = flags.DEFINE_list("operations", operations.NAMES, "Which operations.")
-TARGETS = flags.DEFINE_list("targets", aot.TARGETS, "Which chips.")
+OPERATIONS = flags.DEFINE_list("operations", list(operations.NAMES), "Which operations.")
+TARGETS = flags.DEFINE_list("targets", list(aot.TARGETS), "Which chips.")
 
 
 def main(_):

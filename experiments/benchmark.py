@@ -18,7 +18,7 @@ from pallas_kernels import operations
 
 SUITE = flags.DEFINE_enum("suite", "kernels", ["kernels"], "What to time.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder for the suite's CSV.", required=True)
-OPERATIONS = flags.DEFINE_list("operations", operations.NAMES, "Which operations.")
+OPERATIONS = flags.DEFINE_list("operations", list(operations.NAMES), "Which operations.")
 
 
 def seconds(function, *arguments) -> float:
@@ -70,7 +70,7 @@ def main(_):
             print("  ".join(f"{key} {value}" for key, value in row.items() if key != "device" and value != ""), flush=True)
     path = pathlib.Path(WORKDIR.value)
     path.mkdir(parents=True, exist_ok=True)
-    columns = ("device", "operation", "shape", "seconds", "bytes", "of_copy", "flops", "tflops", "against")
+    columns = ("device", "operation", "shape", "seconds", "bytes", "moved", "of_copy", "flops", "tflops", "against")
     with open(path / f"{SUITE.value}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()

@@ -36,23 +36,24 @@ class Fetches(NamedTuple):
     count: jax.Array  # [N] int32, ... and how many it needs
 
 
-def spans(slots: jax.Array, blocks: int, block: int) -> Spans:
-    """slots [B,n,g,LANES] int32: where each entry goes, at least blocks * block if it is dropped."""
-    batch, sources = slots.shape[:2]
-    # (XLA takes seconds to compile the same with four axes.)
-    slots = slots.reshape(batch, -1, LANES)
-    low, high = jnp.min(slots, axis=2), jnp.max(jnp.where(slots < blocks * block, slots, -1), axis=2)
-    begin, end = jnp.min(low.reshape(batch, sources, -1), axis=2) // block, jnp.max(high.reshape(batch, sources, -1), axis=2) // block
+def tables(pool: jax.Array, buffer: jax.Array) -> tuple[jax.Array, list[Spans]]:
+    """What `plan` starts from, of the slots that the entries of the pool [B,N,g,LANES] and of the buffer [B,n,g',LANES] go to, past the last block if
+    they are dropped: which blocks have a slot that gets another entry [B,1,N], 0 or 1, and the Spans of both. All int32.
+    """
+    # (With four axes XLA takes seconds to compile these reductions.)
+    groups, new_groups = (x.reshape(x.shape[0], -1, LANES) for x in (pool, buffer))
+    spans = [span(x, y.shape[1], pool[0, :, :, 0].size * LANES, pool[0, 0].size) for x, y in ((groups, pool), (new_groups, buffer))]
+    kept = 1 + jnp.maximum(*(jnp.max(x.high, axis=(1, 2)) for x in spans))
+    slot = jnp.arange(groups[0].size, dtype=jnp.int32).reshape(groups.shape[1:])
+    changes = jnp.any((groups != slot) & (slot < kept[:, None, None]), axis=2).reshape(*pool.shape[:3])
+    return jnp.any(changes, axis=2).astype(jnp.int32)[:, None], spans
+
+
+def span(groups: jax.Array, sources: int, slots: int, block: int) -> Spans:
+    """groups [B,n*g,LANES]: the slots that entries go to, `slots` or more if they are dropped."""
+    low, high = jnp.min(groups, axis=2), jnp.max(jnp.where(groups < slots, groups, -1), axis=2)
+    begin, end = (x(y.reshape(y.shape[0], sources, -1), axis=2) // block for x, y in ((jnp.min, low), (jnp.max, high)))
     return Spans(*(x[:, None] for x in (low, high, begin, end)))
-
-
-def changes(slots: jax.Array, kept: jax.Array) -> jax.Array:
-    """Of the pool's slots [B,N,g,LANES]: which blocks have a slot among the first kept [B] that does not keep what it holds, [B,1,N] int32."""
-    batch, blocks = slots.shape[:2]
-    slots = slots.reshape(batch, -1, LANES)
-    slot = jnp.arange(slots[0].size, dtype=jnp.int32).reshape(slots.shape[1:])
-    changed = jnp.any((slots != slot) & (slot < kept[:, None, None]), axis=2)
-    return jnp.any(changed.reshape(batch, blocks, -1), axis=2).astype(jnp.int32)[:, None]
 
 
 def scratch(blocks: int, *sources: int) -> list:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.compact.plan import LANES, Fetches, Spans, changes, plan, scratch, spans
+from pallas_kernels.compact.plan import LANES, Fetches, Spans, plan, scratch, tables
 from pallas_kernels.compact.reference import Buffer, Pool
 
 BLOCK_BYTES = 1 << 18  # of a block's keys
@@ -62,7 +62,7 @@ def grouped(pool: Pool, buffer: Buffer, destinations: jax.Array) -> tuple[jax.Ar
 
     A stream of the buffer is one source, or several of a block's size.
     """
-    batch, slots = pool.position.shape
+    batch, slots = destinations.shape[0], pool.keys.shape[1]
     layers, _, heads, width = buffer.stat.shape
     destinations = jnp.where(destinations < slots, destinations, DROPPED)
     block = block_slots(pool)
@@ -84,10 +84,8 @@ def compact(pool: Pool, buffer: Buffer, destinations: jax.Array, interpret=False
     if dim % LANES and tiles > 1:
         raise ValueError(f"pool.keys has rows of {dim}: on a TPU up to {LANES}, or a multiple of it, would work")
     pool_slots, buffer_slots = grouped(pool, buffer, destinations)
-    blocks, block = pool_slots.shape[1], block_slots(pool)
-    all_spans = [spans(x, blocks, block) for x in (pool_slots, buffer_slots)]
-    kept = 1 + jnp.maximum(*(jnp.max(x.high, axis=(1, 2)) for x in all_spans))
-    tables = changes(pool_slots, kept), all_spans
+    blocks, groups = pool_slots.shape[1:3]
+    known = tables(pool_slots, buffer_slots)
     buffer_stat = jnp.moveaxis(buffer.stat, 1, 0).reshape(batch, -1, buffer.stat.shape[3])
     buffer_words = words(buffer_stat, jnp.broadcast_to(buffer.position[:, None], buffer_stat.shape), buffer_slots)
     read = pool_slots, Arrays(buffer.keys, buffer.values, buffer_words, buffer_slots)
@@ -103,32 +101,32 @@ def compact(pool: Pool, buffer: Buffer, destinations: jax.Array, interpret=False
         functools.partial(kernel, exact=bool(interpret)),
         grid=(batch,),
         in_specs=[
-            jax.tree.map(lambda x: pl.BlockSpec((None, *x.shape[1:]), lambda b: (b, 0, 0), memory_space=pltpu.SMEM), tables),
+            jax.tree.map(lambda x: pl.BlockSpec((None, *x.shape[1:]), lambda b: (b, 0, 0), memory_space=pltpu.SMEM), known),
             *jax.tree.map(lambda x: whole, (read, written)),
         ],
         out_specs=[jax.tree.map(lambda x: whole, written)],
         out_shape=[jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), written)],
-        input_output_aliases={len(jax.tree.leaves((tables, read))) + i: i for i in range(3)},
+        input_output_aliases={len(jax.tree.leaves((known, read))) + i: i for i in range(3)},
         scratch_shapes=[
             scratch(blocks, blocks, buffer_slots.shape[1]),
             memory(RING, pool_slots),
             memory(RING, buffer_slots),
             memory(2, pool_slots)._replace(slots=None),
-            [pltpu.VMEM((tiles * dtype.itemsize // 2, block + LANES, dim // tiles), jnp.float32)] * 2,
-            pltpu.VMEM((block // LANES + 2, 8, LANES), jnp.float32),
+            [pltpu.VMEM((tiles * dtype.itemsize // 2, (groups + 1) * LANES, dim // tiles), jnp.float32)] * 2,
+            pltpu.VMEM((groups + 2, 8, LANES), jnp.float32),
             [pltpu.SemaphoreType.DMA((n,)) for n in (RING, RING, 2)],
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
         name="compact",
-    )(tables, read, written)
+    )(known, read, written)
     stat, position = (x.reshape(batch, -1)[:, :slots] for x in jnp.split(new.words, 2, axis=2))
     return Pool(new.keys, new.values, jax.lax.bitcast_convert_type(stat, jnp.float32), position)
 
 
-def kernel(tables, read, _, pool, planned, held, held_buffer, made, sums, word_sums, ready, *, exact):
+def kernel(known, read, _, pool, planned, held, held_buffer, made, sums, word_sums, ready, *, exact):
     # The pool is read where it is written: `pool` are the outputs, whose memory is the inputs'.
-    (changes, spans), (pool_slots, buffer), (target, down, *fetches) = tables, read, planned
+    (changes, spans), (pool_slots, buffer), (target, down, *fetches) = known, read, planned
     row, heads, width, slots, block, piece = pl.program_id(0), *buffer.keys.shape[2:4], pool.keys.shape[1], made.keys.shape[1], held_buffer.keys.shape[1]
 
     def copy_block(act, number, place, local=held, ready=ready[0], back=False):

