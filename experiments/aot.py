@@ -24,28 +24,32 @@ def main(_):
         if reason := aot.missing(target):
             sys.exit(reason)
     programs = [program for name in OPERATIONS.value for program in operations.programs(name)]
-    rows, failed = [], 0
-    for program in tqdm(programs, desc="compiling", unit="program"):
-        for target in TARGETS.value:
-            row = {"operation": program.operation, "shape": program.label, "target": target}
-            start = time.perf_counter()
-            try:
-                row |= operations.compile_program(program, target)
-            except Exception as error:  # a compiler's refusal is a result here
-                row |= {"error": " ".join(str(error).split())[:200]}
-                failed += 1
-            rows.append(row | {"seconds": round(time.perf_counter() - start, 1)})
     path = pathlib.Path(WORKDIR.value)
     path.mkdir(parents=True, exist_ok=True)
-    columns = ("operation", "shape", "target", "vmem_bytes", "temp_bytes", "alias_bytes", "seconds", "error")
+    compiled = failed = 0
     with open(path / "kernels.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, ("operation", "shape", "target", "vmem_bytes", "temp_bytes", "alias_bytes", "seconds", "error"))
         writer.writeheader()
-        writer.writerows(rows)
-    for row in rows:
-        measured = row.get("error") or f"VMEM {row['vmem_bytes'] / 2**20:6.1f} MiB  temp {row['temp_bytes'] / 2**20:8.2f} MiB"
-        print(f"{row['operation']:20} {row['shape']:44} {row['target']:6} {measured}")
-    print(f"{len(rows) - failed} of {len(rows)} compile")
+        for program in tqdm(programs, desc="compiling", unit="program"):
+            for target in TARGETS.value:
+                if not operations.fits(program, target):
+                    tqdm.write(f"{program.operation:20} {program.label:44} {target:6} its arguments do not fit one device")
+                    continue
+                start = time.perf_counter()
+                try:
+                    row = operations.compile_program(program, target)
+                    compiled += 1
+                    del row["hlo"]
+                    measured = f"VMEM {row['vmem_bytes'] / 2**20:6.1f} MiB  temp {row['temp_bytes'] / 2**20:8.2f} MiB"
+                except Exception as error:  # a compiler's refusal is a result here
+                    measured = " ".join(str(error).split())[:200]
+                    row = {"error": measured}
+                    failed += 1
+                row |= {"operation": program.operation, "shape": program.label, "target": target, "seconds": round(time.perf_counter() - start, 1)}
+                writer.writerow(row)
+                file.flush()
+                tqdm.write(f"{program.operation:20} {program.label:44} {target:6} {measured}")
+    print(f"{compiled} compile, {failed} do not")
     sys.exit(failed > 0)
 
 

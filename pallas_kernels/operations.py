@@ -1,6 +1,7 @@
 """The operations' real sizes as programs to compile, whatever the operation: what `make aot` and the tests share."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import re
@@ -35,11 +36,15 @@ def programs(name: str) -> Iterator[Program]:
         static = {key: value for key, value in given.items() if key not in arrays}
 
         def function(implementation, static=static):
-            return lambda given: operation(**given, **static, implementation=implementation)
+            return functools.partial(_call, operation, implementation, static)
 
         yield Program(name, label, function, arrays, ("pool",) if name == "compact" else ())
         if name == "retention_attention":
             yield Program(name, f"{label}, backward", lambda implementation: gradient(function(implementation)), arrays)
+
+
+def _call(operation: Callable, implementation: str, static: dict, arrays: dict):
+    return operation(**arrays, **static, implementation=implementation)
 
 
 def gradient(attention: Callable) -> Callable:
@@ -54,6 +59,11 @@ def gradient(attention: Callable) -> Callable:
         return jax.grad(loss)(inputs, {name: x for name, x in arrays.items() if name not in inputs})
 
     return gradients
+
+
+def fits(program: Program, target: str) -> bool:
+    """Whether one device of `target` can hold the program's arguments at all."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.arguments)) < aot.HBM_GIB[target] * 2**30
 
 
 def compile_program(program: Program, target: str) -> dict:

@@ -97,9 +97,13 @@ def arrays(case: Case, seed: int = 0) -> dict:
 
 SMALL = {
     "one slot": Case(1, 1, 64, 1, 1, ((1,),), ((1.0, 0.0),)),
-    "nothing dropped": Case(2, 2, 128, 300, 16, ((50, 70, 3, 100),), ((1.0, 1.0),), "float32"),
-    "nothing changes": Case(2, 1, 128, 256, 16, ((128,),), ((1.0, 0.0),)),
-    "everything dropped": Case(1, 2, 64, 130, 8, ((60, 70), (5, 0)), ((0.0, 0.0),), "float32"),
+    # The last stream moves far to the right, over several of the TPU kernel's smallest blocks.
+    "nothing dropped": Case(3, 2, 64, 1900, 120, ((10, 0, 5, 0, 0, 1100),), ((1.0, 1.0),), "float32"),
+    "nothing changes": Case(3, 2, 64, 1900, 120, ((300,),), ((1.0, 0.0),), "float32"),
+    "everything dropped": Case(3, 2, 64, 1900, 120, ((300, 250, 0, 310),), ((0.0, 0.0),), "float32"),
+    # Only what lies in the middle, or before it, or behind it, moves.
+    "a stream dropped": Case(3, 2, 64, 1900, 120, ((200, 100, 250, 150),), ((1.0, 0.0), (0.0, 0.0), (1.0, 0.0), (1.0, 0.5)), "float32"),
+    "one stream grows": Case(3, 2, 64, 1900, 120, ((200, 100, 250, 30),), ((1.0, 0.0), (1.0, 1.0), (1.0, 0.0), (1.0, 0.0)), "float32"),
     # Streams grow and shrink, C is a multiple of nothing, rows are unequal.
     "grow and shrink": Case(3, 2, 128, 1003, 70, ((200, 31, 0, 400, 100, 272), (0, 0, 1003, 0, 0, 0)), ((0.3, 0.9), (0.95, 0.1), (0.6, 0.6))),
     "one swallows all": Case(2, 2, 64, 700, 300, ((170, 180, 175, 175),), ((0.0, 0.0), (0.0, 0.0), (1.0, 1.0), (0.1, 1.0)), "float32"),

@@ -141,9 +141,7 @@ def kernel(layer, valid, starts, buffered, q, first_keys, first_values, *refs, p
         largest[...] = new_largest
         # Each lane keeps its own total: adding up lanes is slow, and once at the end is enough.
         total[...] = total[...] * decay + sum(weights[:, at : at + LANES] for at in range(0, size, LANES))
-        update = jax.lax.dot_general(
-            weights.astype(dtype), values, (((1,), (int(lanes),)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-        )
+        update = jax.lax.dot_general(weights.astype(dtype), values, (((1,), (int(lanes),)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
         sums[...] = sums[...] * spread(decay, dim) + update
 
     @pl.when(first_query >= length)
@@ -251,8 +249,7 @@ def ragged_prefill(q, k, v, valid, pool_keys, pool_values, starts, buffer_keys, 
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(batch, heads, pl.cdiv(length, queries)),
-            in_specs=[pl.BlockSpec((1, 1, group, queries, dim), tile_place), first_block, first_block]
-            + [pl.BlockSpec(memory_space=pl.ANY)] * len(sources),
+            in_specs=[pl.BlockSpec((1, 1, group, queries, dim), tile_place), first_block, first_block] + [pl.BlockSpec(memory_space=pl.ANY)] * len(sources),
             out_specs=pl.BlockSpec((1, 1, group, queries, dim), lambda batch, head, tile, *_: (batch, head, 0, tile, 0)),
             scratch_shapes=[
                 *landings,

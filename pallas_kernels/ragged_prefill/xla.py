@@ -18,8 +18,7 @@ def ragged_prefill(q, k, v, valid, pool_keys, pool_values, starts, buffer_keys, 
     rows = rows.reshape(batch * heads * tiles, queries * group, dim)
     # All that can be seen as flat entries [N,D]; of pool and buffer that is no copy.
     chunk, pool, buffer = (
-        [x.reshape(-1, dim) for x in pair]
-        for pair in ((jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)), (pool_keys, pool_values), (buffer_keys, buffer_values))
+        [x.reshape(-1, dim) for x in pair] for pair in ((jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)), (pool_keys, pool_values), (buffer_keys, buffer_values))
     )
 
     def attend(rows, state, source, begin, end, query=None):

@@ -14,6 +14,7 @@ CASES = [
     pytest.param(program, target, id=f"{program.operation}-{program.label}-{target}", marks=[] if fast else pytest.mark.slow)
     for program in PROGRAMS
     for target in aot.TARGETS
+    if operations.fits(program, target)
     for fast in [FIRST[program.operation] == program.label and target in ("v5e", "h100")]
 ]
 

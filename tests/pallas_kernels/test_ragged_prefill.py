@@ -60,6 +60,17 @@ def test_forms_are_the_reference(form, name):
         assert not out[row, valid:].any(), "padding must come out as zeros"
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_other_layers_do_not_matter(form):
+    case = cases.SMALL["unequal batch"]
+    given = {name: np.array(x) for name, x in cases.arrays(case).items()}
+    for name in ("keys", "values"):
+        given[f"buffer_{name}"][: case.layer] = np.nan
+        for pool, starts in zip(given[f"pool_{name}"], given["starts"], strict=True):
+            pool[: starts[case.layer * case.heads]] = np.nan
+    np.testing.assert_allclose(np.asarray(FORMS[form](**given), np.float32), expected("unequal batch"), atol=TOLERANCE[case.dtype])
+
+
 @pytest.mark.parametrize("name", ["smaller than a tile", "blocks moved back"])
 def test_tpu_kernel_has_no_races(name):
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call

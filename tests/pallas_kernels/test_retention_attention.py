@@ -21,6 +21,8 @@ FORMS = {
     "gpu": functools.partial(gpu.retention_attention, interpret=True),
 }
 NAMES = ("q", "k", "v", "log_beta")
+# Most of the time goes into compiling what runs for milliseconds.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
 
 
 def by_hand(q, k, v, log_beta, segment_ids):
@@ -51,7 +53,7 @@ def value_and_gradients(attention, given):
         out, mass = attention(**{**given, **inputs})
         return jnp.sum(out.astype(jnp.float32) * weight) + jnp.sum(mass * mass_weight), (out, mass)
 
-    (_, (out, mass)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(inputs)
+    (_, (out, mass)), gradients = jit(jax.value_and_grad(loss, has_aux=True))(inputs)
     return {"out": out, "mass": mass, **gradients}
 
 
@@ -98,10 +100,9 @@ def test_small(name, form):
 MANY_TILES = Case(2, 500, 1, 2, 32, documents=((3, 1, 300, 40), (499,)))
 
 
-@pytest.mark.parametrize("queries, keys", [(128, 128), (128, 256)])
-def test_tpu_many_tiles(monkeypatch, queries, keys):
+def test_tpu_many_tiles(monkeypatch):
     """One sequence takes far fewer steps than the other, and rows begin with tiles in which they see nothing."""
-    monkeypatch.setattr(tpu, "blocks", lambda *_: (512, queries, keys))
+    monkeypatch.setattr(tpu, "blocks", lambda *_: (512, 128, 128))
     assert_close(value_and_gradients(FORMS["tpu"], cases.arrays(MANY_TILES)), expected(MANY_TILES), "float32")
 
 
@@ -156,13 +157,13 @@ def test_gpu_loops(rows, group, keys):
     def tile(masked, i, met):
         return met.at[i].add(2 if masked else 1)
 
-    @jax.jit
+    @jit
     @jax.vmap
     def by_queries(begin):
         seen = gpu.keys_seen(begin, jnp.minimum(begin + tokens, length), first, keys)
         return gpu.two_loops(*seen, tile, jnp.zeros(length // keys, jnp.int32))
 
-    @jax.jit
+    @jit
     @jax.vmap
     def by_keys(begin):
         return gpu.two_loops(*gpu.queries_seeing(begin, keys, last, length, tokens), tile, jnp.zeros(-(-length // tokens), jnp.int32))
@@ -172,8 +173,8 @@ def test_gpu_loops(rows, group, keys):
     for met in (np.asarray(by_queries(blocks[0])), np.asarray(by_keys(blocks[1])).T):
         np.testing.assert_array_equal(met > 0, anything)
         assert met.max() <= 2 and np.all(everything[met == 1])
-        # At most the tile at T's end, which may be short, is masked without need.
-        assert np.all((met == 1)[everything][: -length // keys])
+        # Only a block at T's end, which may be a short one, is masked without need.
+        np.testing.assert_array_equal((met == 1)[:-1], everything[:-1])
 
 
 def test_public_function_is_traced_and_differentiated_anywhere():
@@ -190,7 +191,7 @@ def test_public_function_is_traced_and_differentiated_anywhere():
         return jnp.sum(out**2) + jnp.sum(mass**2)
 
     inputs = {name: given[name] for name in NAMES}
-    assert_close(jax.jit(jax.grad(loss))(inputs), jax.grad(plain_loss)(inputs), "float32")
+    assert_close(jit(jax.grad(loss))(inputs), jit(jax.grad(plain_loss))(inputs), "float32")
 
 
 @pytest.mark.parametrize("form", ["tpu", "gpu"])
