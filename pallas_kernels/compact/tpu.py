@@ -127,7 +127,8 @@ def compact(pool: Pool, buffer: Buffer, destinations: jax.Array, interpret=False
 def kernel(known, read, _, pool, planned, held, held_buffer, made, sums, word_sums, ready, *, exact):
     # The pool is read where it is written: `pool` are the outputs, whose memory is the inputs'.
     (changes, spans), (pool_slots, buffer), (target, down, *fetches) = known, read, planned
-    row, heads, width, slots, block, piece = pl.program_id(0), *buffer.keys.shape[2:4], pool.keys.shape[1], made.keys.shape[1], held_buffer.keys.shape[1]
+    row, (heads, width), slots = pl.program_id(0), buffer.keys.shape[2:4], pool.keys.shape[1]
+    block, piece = made.keys.shape[1], held_buffer.keys.shape[1]
 
     def copy_block(act, number, place, local=held, ready=ready[0], back=False):
         def copy_rows(rows):
@@ -154,7 +155,7 @@ def kernel(known, read, _, pool, planned, held, held_buffer, made, sums, word_su
         whole_or_rest(start, piece, width, buffer.keys, copy_rows)
 
     def whole_or_rest(number, size, total, array, act):
-        """Acts on the rows that part `number` of array's `total` has: `size`, or if it is the last those left."""
+        """Acts on the rows that part `number` of array's `total` has: `size`, or if it is the last those left (interpreted, exactly those)."""
         whole, rest = divmod(total, size)
         if whole:
             pl.when(number < whole)(lambda: act(size))

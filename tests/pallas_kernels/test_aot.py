@@ -23,9 +23,13 @@ CASES = [
 def test_compiles(program, target):
     result = operations.compile_program(program, target)
     assert ("tpu_custom_call" if target != "h100" else "triton") in result["hlo"], "no kernel in the program"
-    if program.operation in ("ragged_decode", "ragged_prefill"):
-        pool = program.arguments["buffer_keys"]
-        assert result["temp_bytes"] < pool.size * pool.dtype.itemsize / 8, "the cache is copied"
+    x = program.arguments
+    if program.operation == "ragged_decode":
+        assert result["temp_bytes"] < x["buffer_keys"].size * x["buffer_keys"].dtype.itemsize / 8 + 16 * 2**20, "the cache is copied"
+    if program.operation == "ragged_prefill":
+        # The chunk in the kernel's order of axes, padded to whole lanes: queries, output, keys and values.
+        rows = sum(times * x[name].size // x[name].shape[-1] for name, times in (("q", 2), ("k", 1), ("v", 1)))
+        assert result["temp_bytes"] < 1.5 * rows * max(x["q"].shape[-1], 128) * x["q"].dtype.itemsize + 2**20, "the cache is copied"
 
 
 def test_what_does_not_fit_fails_here():

@@ -228,7 +228,7 @@ def test_rows_of_the_benchmark(monkeypatch):
     monkeypatch.setattr(cases, "REAL", dict.fromkeys(("qwen3_m512", "1m"), SMALLEST))
     rows = list(bench.rows("cpu", lambda function, *args: len(jax.tree.leaves(jax.jit(function)(*args)))))
     assert [row["operation"] for row in rows] == ["global_topk"] * 2
-    assert all(row["seconds"] == 3 and row["rival_seconds"] == 2 and row["bytes"] == bench.fewest(SMALLEST) for row in rows)
+    assert all(row["seconds"] == 3 and row["rivals"]["jax.lax.top_k"] == 2 and row["bytes"] == bench.fewest(SMALLEST) for row in rows)
 
 
 DEVICES = (1, 2, 4, 8)
