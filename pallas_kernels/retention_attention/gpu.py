@@ -28,7 +28,8 @@ class Tiles(NamedTuple):
 def tiles(group: int, dim: int, dtype) -> dict[str, Tiles]:
     """By kernel."""
     if dtype == jnp.float32:  # no tensor cores at full precision
-        found = dict.fromkeys(("forward", "keys", "queries"), Tiles(32 if dim > 64 else 64, 32, 4, 2))
+        tile = Tiles(64 if dim <= 64 else 32, 32 if dim <= 128 else 16, 8, 2)
+        found = {"forward": tile, "keys": tile, "queries": tile}
     elif dim > 128:
         found = {"forward": Tiles(128, 32, 8, 2), "keys": Tiles(32, 64, 8, 2), "queries": Tiles(64, 32, 8, 2)}
     else:

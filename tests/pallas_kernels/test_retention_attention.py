@@ -91,8 +91,11 @@ def test_ids_that_come_again_are_another_document():
     assert reference.first_of_document(None, (1, 3)).tolist() == [[0, 0, 0]] and reference.last_of_document(None, (1, 3)).tolist() == [[2, 2, 2]]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", SMALL)
+# What the CPU form tells apart is fewer: it has no tiles to skip.
+CPU_CASES = ("one token", "two rows", "three heads a group", "at once", "plain documents")
+
+
+@pytest.mark.parametrize("name, form", [(name, form) for name in SMALL for form in FORMS if form != "xla" or name in CPU_CASES])
 def test_small(name, form):
     assert_close(value_and_gradients(FORMS[form], cases.arrays(SMALL[name])), expected(SMALL[name]), SMALL[name].dtype)
 
@@ -115,7 +118,7 @@ def test_tpu_races(monkeypatch):
     assert not interpret_pallas_call.races.races_found
 
 
-@pytest.mark.parametrize("documents", [None, ((3, 1, 300, 40), (499,), (128, 128, 256))])
+@pytest.mark.parametrize("documents", [None, ((3, 1, 300, 40), (511, 2), (128, 128, 256))])
 @pytest.mark.parametrize("queries, keys", [(128, 128), (128, 512)])
 def test_schedule(documents, queries, keys):
     """Every tile with anything visible once, and no other; masks where anything is hidden; FIRST and LAST around each block."""
