@@ -1,4 +1,4 @@
-"""Which platform is being compiled for."""
+"""Which platform is being compiled for, and so which implementation of an operation is used."""
 
 import jax
 
@@ -10,3 +10,11 @@ def platform() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device
     return getattr(device, "platform", device) or jax.default_backend()
+
+
+def choose(implementation: str | None, known: dict) -> str:
+    """The implementation asked for, or the platform's own for None. Raises ValueError for one that is not known."""
+    implementation = implementation or platform()
+    if implementation not in known:
+        raise ValueError(f"implementation is {implementation!r}: None and {', '.join(map(repr, known))} work")
+    return implementation

@@ -153,11 +153,15 @@ def select(cache: Cache, score: Callable, scope: str, sinks: int = 0, window: in
         protected = (position < sinks) | (position >= seen - window)
         return ordered_keys(score(stat, position, seen), valid, protected)
 
-    # The pool's entries, [B, C], and the stream each belongs to (anything past the end).
+    # The pool's entries, [B, C], and which of them are live.
     slot = jnp.arange(slots, dtype=jnp.int32)
     live = slot < cache.starts[:, -1:]
-    stream = jax.vmap(lambda starts: jnp.searchsorted(starts, slot, side="right").astype(jnp.int32) - 1)(cache.starts)
-    stream = jnp.clip(stream, 0, streams - 1)
+
+    def pool_streams():
+        """[B, C] int32, the stream that each slot belongs to; any for those past the end."""
+        stream = jax.vmap(lambda starts: jnp.searchsorted(starts, slot, side="right").astype(jnp.int32) - 1)(cache.starts)
+        return jnp.clip(stream, 0, streams - 1)
+
     # The buffer's, [B, S, W].
     new_stat = jnp.moveaxis(cache.buffer_stat, 1, 0).reshape(batch, streams, width)
     new_position = jnp.broadcast_to(cache.buffer_position[:, None], new_stat.shape)
@@ -173,7 +177,7 @@ def select(cache: Cache, score: Callable, scope: str, sinks: int = 0, window: in
         )
         if floor:
             new_stream = jnp.broadcast_to(jnp.repeat(jnp.arange(streams, dtype=jnp.int32), width), (batch, streams * width))
-            keys = raise_floor(keys, jnp.concatenate([stream, new_stream], axis=1), floor)
+            keys = raise_floor(keys, jnp.concatenate([pool_streams(), new_stream], axis=1), floor)
     else:
         # Groups of streams that compete among themselves; a group's slots are contiguous, and it owns at most its share of C.
         groups = {"layer": layers, "head": streams, "shared": streams}[scope]
@@ -198,7 +202,7 @@ def select(cache: Cache, score: Callable, scope: str, sinks: int = 0, window: in
             new_key = keys_of(new_stat, new_position, new_live).reshape(batch, groups, members * width)
             limit = jnp.broadcast_to(members * cache.budget[:, None], (batch, groups))
             keep = top_k_mask(jnp.concatenate([old_key, new_key], axis=2), limit)
-        group = stream // members
+        group = pool_streams() // members
         row = jnp.arange(batch)[:, None]
         old_keep = live & keep[row, group, jnp.clip(slot - group_start[row, group], 0, share - 1)]
         # What is chosen outranks all else, and nothing else is valid: the selection below keeps it and finds its places.

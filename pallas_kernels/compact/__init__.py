@@ -6,7 +6,7 @@ import jax
 
 from pallas_kernels.compact import gpu, reference, tpu
 from pallas_kernels.compact.reference import Buffer, Pool
-from pallas_kernels.platforms import platform
+from pallas_kernels.platforms import choose
 
 __all__ = ["Buffer", "Pool", "compact"]
 
@@ -31,9 +31,7 @@ def compact(pool: Pool, buffer: Buffer, destinations: jax.Array, implementation:
     Raises:
       ValueError: wrong shapes, dtypes or, where they are not being traced, destinations.
     """
-    implementation = implementation or platform()
-    if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(f"implementation is {implementation!r}: None and {', '.join(map(repr, _IMPLEMENTATIONS))} work")
+    implementation = choose(implementation, _IMPLEMENTATIONS)
     reference.check(pool, buffer, destinations)
     return _compact(pool, buffer, destinations, implementation=implementation)
 

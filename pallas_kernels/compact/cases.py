@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.cached_cases import trained
 from pallas_kernels.compact.reference import Buffer, Pool
 
 
@@ -110,12 +111,6 @@ SMALL = {
     # Later slots of the second stream move left, earlier ones right.
     "both ways inside a stream": Case(1, 2, 256, 900, 200, ((100, 800),), ((1.0, 1.0), (0.6, 0.3))),
 }
-
-
-def trained(layers: int, heads: int, budget: int, seed: int) -> tuple[int, ...]:
-    """Lengths as trained gates leave them: `budget` entries a stream on average, a few streams with most of them."""
-    share = np.random.default_rng(seed).lognormal(sigma=1.0, size=layers * heads)
-    return tuple(int(n) for n in share / share.sum() * budget * layers * heads)
 
 
 def real(layers: int, heads: int, dim: int, budget: int, width: int, batch: int, dtype: str = "bfloat16") -> Case:

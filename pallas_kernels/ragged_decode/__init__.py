@@ -4,7 +4,8 @@ import functools
 
 import jax
 
-from pallas_kernels.platforms import platform
+from pallas_kernels import cached
+from pallas_kernels.platforms import choose
 from pallas_kernels.ragged_decode import gpu, reference, tpu, xla
 
 __all__ = ["ragged_decode"]
@@ -48,11 +49,9 @@ def ragged_decode(
       ValueError: wrong shapes, dtypes or, where they are not being traced, values of the integers.
       NotImplementedError: on a GPU, a head dimension that is no power of 2 from 16 on.
     """
-    implementation = implementation or platform()
-    if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(f"implementation is {implementation!r}: None and {', '.join(map(repr, _IMPLEMENTATIONS))} work")
+    implementation = choose(implementation, _IMPLEMENTATIONS)
     arguments = q, k, v, pool_keys, pool_values, starts, buffer_keys, buffer_values, buffered, layer
-    reference.check(*arguments)
+    cached.check("[B,H,G,D]", *arguments)
     return _ragged_decode(*arguments, implementation=implementation)
 
 

@@ -1,18 +1,18 @@
 """What ragged_decode moves and how long it takes."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.cached_cases import four_layers, starts
 from pallas_kernels.ragged_decode import cases, gpu, ragged_decode, tpu
 
 
 def _bounds(case: cases.Case) -> tuple[np.ndarray, np.ndarray]:
     """The layer's first slot and the end of its last, [B] each."""
     first = case.layer * case.heads
-    return cases.starts(case)[:, first], cases.starts(case)[:, first + case.heads]
+    return starts(case)[:, first], starts(case)[:, first + case.heads]
 
 
 def traffic(case: cases.Case, target: str) -> tuple[int, int]:
@@ -46,13 +46,11 @@ def traffic(case: cases.Case, target: str) -> tuple[int, int]:
 
 
 def rows(platform: str, time: Callable) -> Iterator[dict]:
-    """Measures the real cases, of 4 layers: one is attended to, the others only fill the memory. time(function, *arguments) -> seconds."""
+    """Measures the real cases, cut to 4 layers. time(function, *arguments) -> seconds."""
     for name, case in cases.REAL.items():
         if platform == "cpu" and not name.startswith("SmolLM2"):
             continue
-        segments = tuple(lengths[: 4 * case.heads] for lengths in case.segments)
-        slots = max(sum(np.resize(lengths, 4 * case.heads)) for lengths in segments) if case.slots else 0
-        case = dataclasses.replace(case, layers=4, layer=2, slots=-(-int(slots) // 128) * 128, segments=segments)
+        case = four_layers(case)
         yield {
             "operation": "ragged_decode",
             "shape": name,

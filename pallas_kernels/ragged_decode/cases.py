@@ -3,8 +3,9 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+
+from pallas_kernels import cached_cases
+from pallas_kernels.cached_cases import trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,34 +24,13 @@ class Case:
     dtype: str = "bfloat16"
 
 
-def starts(case: Case) -> np.ndarray:
-    """[B,S+1] int32."""
-    lengths = np.array([np.resize(lengths, case.layers * case.heads) for lengths in case.segments])
-    return np.pad(np.cumsum(lengths, axis=1), ((0, 0), (1, 0))).astype(np.int32)
-
-
 def shapes(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
-    batch, dtype = len(case.buffered), jnp.dtype(case.dtype)
-    own, pool = (batch, case.heads, case.dim), (batch, case.slots, case.dim)
-    buffer = (case.layers, batch, case.heads, case.width, case.dim)
-    entries = dict(q=(*own[:2], case.group, case.dim), k=own, v=own, pool_keys=pool, pool_values=pool, buffer_keys=buffer, buffer_values=buffer)
-    integers = dict(starts=(batch, case.layers * case.heads + 1), buffered=(batch,), layer=())
-    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in entries.items()} | {
-        name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in integers.items()
-    }
+    return cached_cases.shapes(case)
 
 
 def arrays(case: Case, seed: int = 0) -> dict[str, jax.Array]:
     """Random arguments; every slot and buffer row that must not matter is NaN."""
-    random = np.random.default_rng(seed)
-    given = {name: random.standard_normal(x.shape, np.float32) for name, x in shapes(case).items() if x.dtype != jnp.int32}
-    for row, (buffered, end) in enumerate(zip(case.buffered, starts(case)[:, -1], strict=True)):
-        for name in ("pool_keys", "pool_values"):
-            given[name][row, end:] = np.nan
-        for name in ("buffer_keys", "buffer_values"):
-            given[name][:, row, :, buffered:] = np.nan
-    integers = dict(starts=starts(case), buffered=case.buffered, layer=case.layer)
-    return {name: jnp.asarray(x, case.dtype) for name, x in given.items()} | {name: jnp.asarray(x, jnp.int32) for name, x in integers.items()}
+    return cached_cases.arrays(case, seed=seed)
 
 
 SMALL = {
@@ -66,13 +46,6 @@ SMALL = {
     "slots along lanes": Case(2, 2, 2, 64, slots=2560, width=256, buffered=(130, 256), segments=((611, 500), (1, 1279)), layer=1),
     "full cache": Case(2, 2, 2, 128, slots=0, width=600, buffered=(599, 0), segments=((0,), (0,)), layer=1),
 }
-
-
-def trained(layers: int, heads: int, budget: int, seed: int) -> tuple[int, ...]:
-    """Lengths as trained gates leave them: `budget` entries a stream on average, a few streams with most of them."""
-    share = np.random.default_rng(seed).lognormal(sigma=1.0, size=layers * heads)
-    lengths = np.floor(share / share.sum() * budget * layers * heads).astype(int)
-    return tuple(int(n) for n in lengths)
 
 
 def qwen3(budget: int, width: int, batch: int) -> Case:

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.cached import LANES, along_lanes
+
 BLOCK_BYTES = 512 * 1024  # of keys, and as many of values
 DEPTH = 4  # blocks in VMEM: one is worked on, three are under way
 LOWEST = -1e30  # stands for -inf, of which differences are NaN
@@ -79,8 +81,8 @@ def sources(heads: int, dim: int, itemsize: int, slots: int, width: int) -> list
     """The pool, if it has slots, and the buffer."""
 
     def source(entries, heads):
-        lanes = pl.cdiv(entries, 128) * 128 * dim < pl.cdiv(entries, 8) * 8 * pl.cdiv(dim, 128) * 128
-        tile = 128 if lanes else 32 // itemsize
+        lanes = along_lanes(entries, dim)
+        tile = LANES if lanes else 32 // itemsize
         most = max(min(BLOCK_BYTES // ((heads or 1) * dim * itemsize), entries), tile)
         return Source(entries, heads, 1 << (most.bit_length() - 1), tile, lanes)
 

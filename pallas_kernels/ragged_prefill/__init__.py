@@ -4,7 +4,8 @@ import functools
 
 import jax
 
-from pallas_kernels.platforms import platform
+from pallas_kernels import cached
+from pallas_kernels.platforms import choose
 from pallas_kernels.ragged_prefill import gpu, reference, tpu, xla
 
 __all__ = ["ragged_prefill"]
@@ -50,11 +51,11 @@ def ragged_prefill(
     Raises:
       ValueError: wrong shapes, dtypes or, where they are not being traced, values of the integers.
     """
-    implementation = implementation or platform()
-    if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(f"implementation is {implementation!r}: None and {', '.join(map(repr, _IMPLEMENTATIONS))} work")
+    implementation = choose(implementation, _IMPLEMENTATIONS)
     arguments = q, k, v, valid, pool_keys, pool_values, starts, buffer_keys, buffer_values, buffered, layer
-    reference.check(*arguments)
+    if q.ndim == 5 and q.shape[1] == 0:
+        raise ValueError(f"q has the shape {q.shape}: a chunk has at least one token")
+    cached.check("[B,T,H,G,D]", q, k, v, *arguments[4:], valid=(valid, q.shape[1]))
     return _ragged_prefill(*arguments, implementation=implementation)
 
 

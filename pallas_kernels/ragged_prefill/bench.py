@@ -1,19 +1,19 @@
 """What ragged_prefill moves and how long it takes."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.cached_cases import four_layers, starts
 from pallas_kernels.ragged_prefill import cases, gpu, ragged_prefill, tpu
 
 
 def _bounds(case: cases.Case) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Where what each (sequence, kv head) sees of pool and buffer begins and ends, [B,H]."""
     stream = case.layer * case.heads + np.arange(case.heads)
-    starts, buffered = cases.starts(case), np.repeat(np.array(case.buffered)[:, None], case.heads, axis=1)
-    return {"pool": (starts[:, stream], starts[:, stream + 1]), "buffer": (0 * buffered, buffered)}
+    bounds, buffered = starts(case), np.repeat(np.array(case.buffered)[:, None], case.heads, axis=1)
+    return {"pool": (bounds[:, stream], bounds[:, stream + 1]), "buffer": (0 * buffered, buffered)}
 
 
 def flops(case: cases.Case) -> int:
@@ -62,13 +62,11 @@ def traffic(case: cases.Case, target: str) -> tuple[int, int]:
 
 
 def rows(platform: str, time: Callable) -> Iterator[dict]:
-    """Measures the real cases, of 4 layers: one is attended to, the others only fill the memory. time(function, *arguments) -> seconds."""
+    """Measures the real cases, cut to 4 layers. time(function, *arguments) -> seconds."""
     for name, case in cases.REAL.items():
         if platform == "cpu" and not name.startswith("SmolLM2"):
             continue
-        segments = tuple(lengths[: 4 * case.heads] for lengths in case.segments)
-        slots = max(sum(np.resize(lengths, 4 * case.heads)) for lengths in segments) if case.slots else 0
-        case = dataclasses.replace(case, layers=4, layer=2, slots=-(-int(slots) // 128) * 128, segments=segments)
+        case = four_layers(case)
         yield {
             "operation": "ragged_prefill",
             "shape": name,

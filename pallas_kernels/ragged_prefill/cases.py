@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import cached_cases
+from pallas_kernels.cached_cases import trained
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -25,40 +28,17 @@ class Case:
     dtype: str = "bfloat16"
 
 
-def starts(case: Case) -> np.ndarray:
-    """[B,S+1] int32."""
-    streams = case.layers * case.heads
-    lengths = np.array([np.resize(lengths, streams) for lengths in case.segments])
-    return np.pad(np.cumsum(lengths, axis=1), ((0, 0), (1, 0))).astype(np.int32)
-
-
 def shapes(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
-    batch, dtype = len(case.valid), jnp.dtype(case.dtype)
-    chunk = (batch, case.tokens, case.heads, case.dim)
-    pool = (batch, case.slots, case.dim)
-    buffer = (case.layers, batch, case.heads, case.width, case.dim)
-    entries = dict(k=chunk, v=chunk, pool_keys=pool, pool_values=pool, buffer_keys=buffer, buffer_values=buffer)
-    integers = dict(valid=(batch,), starts=(batch, case.layers * case.heads + 1), buffered=(batch,), layer=())
-    return (
-        {"q": jax.ShapeDtypeStruct((*chunk[:3], case.group, case.dim), dtype)}
-        | {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in entries.items()}
-        | {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in integers.items()}
-    )
+    return cached_cases.shapes(case, case.tokens) | {"valid": jax.ShapeDtypeStruct((len(case.valid),), jnp.int32)}
 
 
 def arrays(case: Case, seed: int = 0) -> dict[str, jax.Array]:
     """Random arguments; every slot, buffer row and token that must not matter is NaN."""
-    random = np.random.default_rng(seed)
-    given = {name: random.standard_normal(x.shape, np.float32) for name, x in shapes(case).items() if x.dtype != jnp.int32}
-    for row, (valid, buffered, end) in enumerate(zip(case.valid, case.buffered, starts(case)[:, -1], strict=True)):
-        for name in ("q", "k", "v"):
-            given[name][row, valid:] = np.nan
-        for name in ("pool_keys", "pool_values"):
-            given[name][row, end:] = np.nan
-        for name in ("buffer_keys", "buffer_values"):
-            given[name][:, row, :, buffered:] = np.nan
-    integers = dict(valid=case.valid, starts=starts(case), buffered=case.buffered, layer=case.layer)
-    return {name: jnp.asarray(x, case.dtype) for name, x in given.items()} | {name: jnp.asarray(x, jnp.int32) for name, x in integers.items()}
+    given = cached_cases.arrays(case, case.tokens, seed=seed)
+    padding = np.arange(case.tokens) >= np.array(case.valid)[:, None]
+    for name in ("q", "k", "v"):
+        given[name] = jnp.where(padding.reshape(*padding.shape, *[1] * (given[name].ndim - 2)), jnp.nan, given[name])
+    return given | {"valid": jnp.asarray(case.valid, jnp.int32)}
 
 
 SMALL = {
@@ -78,12 +58,6 @@ SMALL = {
     # The buffer lies along lanes, the chunk of several blocks along rows.
     "full cache": Case(2, 1, 3, 64, 300, 0, 600, valid=(300, 29), buffered=(599, 0), segments=((0,), (0,)), layer=1),
 }
-
-
-def trained(layers: int, heads: int, budget: int, seed: int) -> tuple[int, ...]:
-    """Lengths as trained gates leave them: `budget` entries a stream on average, a few streams with most of them."""
-    share = np.random.default_rng(seed).lognormal(sigma=1.0, size=layers * heads)
-    return tuple(int(n) for n in share / share.sum() * budget * layers * heads)
 
 
 def real(layers: int, heads: int, group: int, dim: int, tokens: int, budget: int, batch: int, dtype: str = "bfloat16") -> Case:

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
+from pallas_kernels.cached import LANES, along_lanes
+
 ROW_BYTES = 2048  # of one column of a program's query rows: at most 1024 rows of bfloat16, all of T=256 and G=4, which then reads each segment once
 BLOCK = 512  # keys of a block: the longer, the less its start weighs (on v6e half as long a one costs 0.7 of its time) ...
 HALF = 256  # ... and what is fetched of it and worked on if that is enough
@@ -83,7 +84,7 @@ def parts(slots: int, width: int, length: int, dim: int, dtype) -> list[Part]:
     """What there is to fetch, for C slots, a buffer of W and a chunk of T; side by side what one loop can go through."""
     found, block = [], chunk_block(length)
     for of, entries in (("pool", slots), ("buffer", width)):
-        lanes = pl.cdiv(entries, LANES) * LANES * dim < pl.cdiv(entries, 8) * 8 * pl.cdiv(dim, LANES) * LANES
+        lanes = along_lanes(entries, dim)
         tile = LANES if lanes else sublanes(dtype)
         whole = entries // tile * tile
         if whole:

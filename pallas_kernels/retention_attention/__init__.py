@@ -2,7 +2,7 @@
 
 import jax
 
-from pallas_kernels.platforms import platform
+from pallas_kernels.platforms import choose
 from pallas_kernels.retention_attention import gpu, reference, tpu, xla
 
 _IMPLEMENTATIONS = {
@@ -38,7 +38,5 @@ def retention_attention(
     Raises ValueError for any other shape, dtype, value (where values are concrete) or implementation.
     """
     reference.check(q, k, v, log_beta, segment_ids)
-    implementation = implementation or platform()
-    if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(f"implementation is {implementation!r}: None and {', '.join(map(repr, _IMPLEMENTATIONS))} work")
+    implementation = choose(implementation, _IMPLEMENTATIONS)
     return _IMPLEMENTATIONS[implementation](q, k, v, log_beta, segment_ids)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.compact import bench, cases, compact, gpu, reference, tpu
+from tests.pallas_kernels import races
 
 # They take seconds to compile and milliseconds to run.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -77,12 +77,9 @@ def test_random_selections():
 
 @pytest.mark.parametrize("name", ["one slot", "both ways inside a stream"])
 def test_tpu_kernel_has_no_races(name):
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
-    params = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
     given = cases.arrays(cases.SMALL[name])
-    assert_moved(cases.SMALL[name], given, in_blocks(128)(**given, interpret=params))
-    assert not interpret_pallas_call.races.races_found
+    with races.none_found() as params:
+        assert_moved(cases.SMALL[name], given, in_blocks(128)(**given, interpret=params))
 
 
 def test_tpu_refuses_rows_that_end_inside_a_column():

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.global_topk import bench, cases, global_topk, gpu, reference, select_keys, tpu, xla
 from pallas_kernels.global_topk.cases import REAL, SMALL, SMALLEST, Case
 from pallas_kernels.global_topk.reference import HIGHEST, LOWEST
+from tests.pallas_kernels import races
 
 
 def by_hand(scores, valid, protected, k, starts, width):
@@ -96,9 +95,8 @@ def test_tpu_races(monkeypatch, case, vmem, bits):
     monkeypatch.setattr(tpu, "CHUNK", 256)
     case = Case(**{**vars(case), "batch": 1 if vmem else case.batch})
     keys, k, starts = keys_of(case)
-    params = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
-    assert_same(tpu.select_keys(keys, k, starts, case.width, interpret=params, vmem=vmem), reference.select_keys(keys, k, starts, case.width))
-    assert not interpret_pallas_call.races.races_found
+    with races.none_found() as params:
+        assert_same(tpu.select_keys(keys, k, starts, case.width, interpret=params, vmem=vmem), reference.select_keys(keys, k, starts, case.width))
 
 
 @settings(max_examples=60, deadline=None)

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_decode import bench, cases, gpu, ragged_decode, reference, tpu, xla
+from tests.pallas_kernels import races
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
 FORMS = {
@@ -55,13 +55,10 @@ def test_forms_are_the_reference(form, name):
 
 @pytest.mark.parametrize("name", ["one entry each", "dead tail in the last tile"])
 def test_tpu_kernel_has_no_races(name):
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
-    params = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
     case = cases.SMALL[name]
-    out = tpu.ragged_decode(**cases.arrays(case), interpret=params)
-    np.testing.assert_allclose(np.asarray(out, np.float32), expected(name), atol=TOLERANCE[case.dtype])
-    assert not interpret_pallas_call.races.races_found
+    with races.none_found() as params:
+        out = tpu.ragged_decode(**cases.arrays(case), interpret=params)
+        np.testing.assert_allclose(np.asarray(out, np.float32), expected(name), atol=TOLERANCE[case.dtype])
 
 
 def test_layer_may_come_from_a_scan():

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_prefill import bench, cases, gpu, ragged_prefill, reference, tpu, xla
+from tests.pallas_kernels import races
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
 # They take seconds to compile and milliseconds to run.
@@ -73,13 +73,10 @@ def test_other_layers_do_not_matter(form):
 
 @pytest.mark.parametrize("name", ["smaller than a tile", "blocks moved back"])
 def test_tpu_kernel_has_no_races(name):
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
-    params = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
     case = cases.SMALL[name]
-    out = tpu.ragged_prefill(**cases.arrays(case), interpret=params)
-    np.testing.assert_allclose(np.asarray(out, np.float32), expected(name), atol=TOLERANCE[case.dtype])
-    assert not interpret_pallas_call.races.races_found
+    with races.none_found() as params:
+        out = tpu.ragged_prefill(**cases.arrays(case), interpret=params)
+        np.testing.assert_allclose(np.asarray(out, np.float32), expected(name), atol=TOLERANCE[case.dtype])
 
 
 def test_fetches_begin_at_whole_tiles():

@@ -8,12 +8,11 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.retention_attention import bench, cases, gpu, reference, retention_attention, tpu, xla
 from pallas_kernels.retention_attention.cases import REAL, SMALL, Case
 from pallas_kernels.retention_attention.common import document_bounds
+from tests.pallas_kernels import races
 
 FORMS = {
     "xla": xla.retention_attention,
@@ -112,10 +111,9 @@ def test_tpu_many_tiles(monkeypatch):
 def test_tpu_races(monkeypatch):
     monkeypatch.setattr(tpu, "blocks", lambda *_: (256, 128, 128))
     case = Case(2, 200, 1, 2, 32, documents=((150,), (1, 130)))
-    params = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
-    got = value_and_gradients(functools.partial(tpu.retention_attention, interpret=params), cases.arrays(case))
-    assert_close(got, expected(case), "float32")
-    assert not interpret_pallas_call.races.races_found
+    with races.none_found() as params:
+        got = value_and_gradients(functools.partial(tpu.retention_attention, interpret=params), cases.arrays(case))
+        assert_close(got, expected(case), "float32")
 
 
 @pytest.mark.parametrize("documents", [None, ((3, 1, 300, 40), (511, 2), (128, 128, 256))])
