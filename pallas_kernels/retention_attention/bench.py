@@ -31,7 +31,7 @@ def met(case: cases.Case, target: str) -> dict[str, int]:
             begin = np.arange(0, length, own)
             end = np.minimum(begin + own, length)
             seen = [
-                gpu.queries_seeing(begin, keys, last, length, tokens) if name == "keys" else gpu.keys_seen(begin, end, first, keys)
+                gpu.queries_seeing(begin, keys, last, length, tokens) if name == "keys" else gpu.keys_seen(begin, end, first, keys, length)
                 for first, last in zip(*map(np.asarray, bounds), strict=True)
             ]
             found[name] = sum(int(np.sum(high - low)) for low, _, _, high in seen) * other
@@ -44,8 +44,8 @@ def met(case: cases.Case, target: str) -> dict[str, int]:
         blocks = np.asarray(tpu.other(words)).reshape(case.batch, most)[:, :steps]
         return case.batch + int(np.sum(blocks[:, 1:] != blocks[:, :-1]))
 
-    by_queries = fetched(*tpu.queries_schedule(first, queries, keys)) * keys
-    return {"forward": by_queries, "queries": by_queries, "keys": fetched(*tpu.keys_schedule(last, queries, keys)) * queries}
+    by_queries = fetched(*tpu.queries_schedule(first, length, queries, keys)) * keys
+    return {"forward": by_queries, "queries": by_queries, "keys": fetched(*tpu.keys_schedule(last, length, queries, keys)) * queries}
 
 
 def traffic(case: cases.Case, target: str) -> tuple[int, int]:

@@ -12,6 +12,7 @@ class Case:
     """documents: their lengths in each row, of which the last goes on to the row's end; None: no segment_ids.
 
     forgetting: what log_beta holds: "mixed" (0, and -1e-6 to -50), "never" (0), "at once" (-50), or None for no log_beta.
+    queries: the slice of the sequence that has queries, (begin, end); None: all of it has, and there is no start.
     """
 
     batch: int
@@ -22,6 +23,7 @@ class Case:
     dtype: str = "float32"
     documents: tuple[tuple[int, ...], ...] | None = None
     forgetting: str | None = "mixed"
+    queries: tuple[int, int] | None = None
 
 
 SMALL = {
@@ -34,10 +36,14 @@ SMALL = {
     "never": Case(1, 260, 1, 1, 256, "bfloat16", forgetting="never"),
     "plain": Case(1, 520, 1, 2, 64, "bfloat16", forgetting=None),
     "plain documents": Case(1, 300, 1, 5, 80, documents=((100,),), forgetting=None),
+    "a slice in the middle": Case(1, 1100, 1, 2, 64, queries=(570, 730)),
+    "a slice's documents": Case(2, 1100, 1, 3, 64, "bfloat16", documents=((520, 1, 300), (100, 50)), queries=(600, 1100)),
+    "a plain slice": Case(1, 300, 2, 4, 64, documents=((100,),), forgetting=None, queries=(0, 131)),
 }
 REAL = {
     "Qwen3-4B T=32K": Case(1, 32_768, 8, 4, 128, "bfloat16", documents=((20_000,),)),
     "Qwen3-4B T=128K": Case(1, 131_072, 8, 4, 128, "bfloat16"),
+    "Qwen3-4B the last 8K of T=128K": Case(1, 131_072, 8, 4, 128, "bfloat16", queries=(122_880, 131_072)),
     "SmolLM2 B=4 T=4K float32": Case(4, 4096, 3, 3, 64, documents=((3000,), (10, 20), (4096,), (1,))),
     "D=256 T=8K": Case(1, 8192, 4, 2, 256, "bfloat16"),
 }
@@ -52,6 +58,12 @@ def segment_ids(case: Case) -> np.ndarray | None:
         for i, end in enumerate(np.cumsum(lengths)):
             row[end:] = (i + 1) % 2
     return ids
+
+
+def of_queries(case: Case) -> tuple[int, ...]:
+    """q's shape."""
+    begin, end = case.queries or (0, case.length)
+    return case.batch, end - begin, case.heads, case.group, case.dim
 
 
 def arrays(case: Case, seed: int = 0) -> dict:
@@ -70,11 +82,12 @@ def arrays(case: Case, seed: int = 0) -> dict:
     }[case.forgetting]
     ids = segment_ids(case)
     return {
-        "q": normal(*per_head, case.group, case.dim),
+        "q": normal(*of_queries(case)),
         "k": normal(*per_head, case.dim),
         "v": normal(*per_head, case.dim),
         "log_beta": None if log_beta is None else jnp.asarray(log_beta, jnp.float32),
         "segment_ids": None if ids is None else jnp.asarray(ids),
+        "start": None if case.queries is None else jnp.int32(case.queries[0]),
     }
 
 
@@ -82,9 +95,10 @@ def shapes(case: Case) -> dict:
     """arrays(case) as ShapeDtypeStructs."""
     per_head, shape = (case.batch, case.length, case.heads), jax.ShapeDtypeStruct
     return {
-        "q": shape((*per_head, case.group, case.dim), case.dtype),
+        "q": shape(of_queries(case), case.dtype),
         "k": shape((*per_head, case.dim), case.dtype),
         "v": shape((*per_head, case.dim), case.dtype),
         "log_beta": None if case.forgetting is None else shape(per_head, jnp.float32),
         "segment_ids": None if case.documents is None else shape((case.batch, case.length), jnp.int32),
+        "start": None if case.queries is None else shape((), jnp.int32),
     }

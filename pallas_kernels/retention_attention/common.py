@@ -36,12 +36,26 @@ def document_bounds(segment_ids: jax.Array | None, batch: int, length: int, padd
     return first_of_document(segment_ids, (batch, padded)), last_of_document(segment_ids, (batch, padded))
 
 
-def differentiable(forward: Callable, backward: Callable) -> Callable:
-    """The function (q, k, v, log_beta, segment_ids) -> (out, mass) whose gradient `backward` computes.
+def times(start: jax.Array | None, begin: int, end: int) -> jax.Array:
+    """When the queries begin..end stand, [end-begin]."""
+    return jnp.arange(begin, end) + (0 if start is None else start)
 
-    forward: (q, k, v, log_beta, segment_ids) -> (out, mass, lse). lse [B,H,G,T] float32, the logits' logsumexp, is all that is kept beside inputs and
-      out. mass is None if log_beta is.
-    backward: (q, k, v, log_beta, segment_ids, lse, delta, dout, dmass) -> (dq, dk, dv, dlog_beta). delta [B,H,G,T] float32 is each query's out.dout.
+
+def of_queries(x: jax.Array, start: jax.Array | None, size: int) -> jax.Array:
+    """What [B,T] numbers are at the times of `size` queries, [B,size]; the last one at a time after T."""
+    if start is None:
+        return x[:, :size]
+    return jax.lax.dynamic_slice_in_dim(jnp.pad(x, ((0, 0), (0, size)), mode="edge"), start, size, axis=1)
+
+
+def differentiable(forward: Callable, backward: Callable) -> Callable:
+    """The function (q, k, v, log_beta, segment_ids, start) -> (out, mass) whose gradient `backward` computes.
+
+    In both passes start is a traced scalar, or None where there are queries for the whole sequence.
+    forward: (q, k, v, log_beta, segment_ids, start) -> (out, mass, lse). lse [B,H,G,Tq] float32, the logits' logsumexp, is all that is kept beside inputs
+      and out. mass is None if log_beta is.
+    backward: (q, k, v, log_beta, segment_ids, start, lse, delta, dout, dmass) -> (dq, dk, dv, dlog_beta). delta [B,H,G,Tq] float32 is each query's
+      out.dout.
     """
 
     @jax.custom_vjp
@@ -56,16 +70,18 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
         inputs, out, lse = kept
         dout, dmass = cotangents
         delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
-        return *backward(*inputs, lse, jnp.transpose(delta, (0, 2, 3, 1)), dout, dmass), None
+        return *backward(*inputs, lse, jnp.transpose(delta, (0, 2, 3, 1)), dout, dmass), None, None
 
     attention.defvjp(attention_forward, attention_backward)
 
-    def retention_attention(q, k, v, log_beta=None, segment_ids=None):
-        out, mass = attention(q, k, v, log_beta, segment_ids)
+    def retention_attention(q, k, v, log_beta=None, segment_ids=None, start=None):
+        batch, length, heads = q.shape[:3]
+        # As many queries as keys can only start at 0, and what is known beforehand need not be computed.
+        start = None if length == k.shape[1] else jnp.asarray(start, jnp.int32)
+        out, mass = attention(q, k, v, log_beta, segment_ids, start)
         if mass is None:
             # Nothing is forgotten: as many as the document has had so far.
-            batch, length, heads = k.shape[:3]
-            seen = jnp.arange(1, length + 1) - first_of_document(segment_ids, (batch, length))
+            seen = times(start, 1, length + 1) - of_queries(first_of_document(segment_ids, k.shape[:2]), start, length)
             mass = jnp.broadcast_to(seen.astype(jnp.float32)[:, :, None], (batch, length, heads))
         return out, mass
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.retention_attention.common import HIDDEN, LOG2E, biased, differentiable, document_bounds, grow, product
+from pallas_kernels.retention_attention.common import HIDDEN, LOG2E, biased, differentiable, document_bounds, grow, of_queries, product
 
 PADDING = 128  # T is padded to a multiple of it, and so of every block of keys
 
@@ -116,20 +116,25 @@ def two_loops(low, full_low, full_high, high, tile, state):
     return jax.lax.fori_loop(0, before + high - full_high, masked, state)
 
 
-def keys_seen(begin, end, first, keys: int):
-    """Which blocks of keys the queries of tokens begin..end see, as two_loops takes them."""
+def keys_seen(begin, end, first, keys: int, length: int, start=0):
+    """Which blocks of `length` keys the queries begin..end see, as two_loops takes them. first is the queries'."""
     low, full_low = (0, 0) if first is None else (first[begin] // keys, pl.cdiv(first[end - 1], keys))
-    return low, full_low, (begin + 1) // keys, pl.cdiv(end, keys)
+    # Padding of the queries may stand behind the last key.
+    return low, full_low, jnp.minimum(start + begin + 1, length) // keys, pl.cdiv(jnp.minimum(start + end, length), keys)
 
 
-def queries_seeing(begin, keys: int, last, length: int, tokens: int):
-    """Which blocks of queries see the keys begin..begin + keys, as two_loops takes them."""
-    end, full_end = (length, length) if last is None else (last[begin + keys - 1] + 1, last[begin] + 1)
-    return begin // tokens, pl.cdiv(begin + keys - 1, tokens), full_end // tokens, pl.cdiv(end, tokens)
+def queries_seeing(begin, keys: int, last, length: int, tokens: int, start=0):
+    """Which blocks of `length` queries see the keys begin..begin + keys, as two_loops takes them. last is the keys'."""
+    end, full_end = (length, length) if last is None else (last[begin + keys - 1] + 1 - start, last[begin] + 1 - start)
+    # The keys, or their documents' ends, may lie before the first query or behind the last one.
+    begin, full_begin, end, full_end = (jnp.clip(x, 0, length) for x in (begin - start, begin - start + keys - 1, end, full_end))
+    high = pl.cdiv(end, tokens)
+    return jnp.where(begin < end, begin // tokens, high), pl.cdiv(full_begin, tokens), full_end // tokens, high
 
 
-def forward_kernel(q, k, v, log_beta, first, out, lse, mass, *, rows, keys, scale):
+def forward_kernel(q, k, v, log_beta, start, first, out, lse, mass, *, rows, keys, scale):
     length, group, dim = q.shape
+    start = 0 if start is None else start[0]
     block = pl.num_programs(0) - 1 - pl.program_id(0)  # the longest first
     own, own_tokens = query_rows(block, rows, group, length), token_rows(block, rows, group, length)
     queries, index = load(q, own), jnp.arange(keys)
@@ -139,14 +144,14 @@ def forward_kernel(q, k, v, log_beta, first, out, lse, mass, *, rows, keys, scal
         largest, total, sums, retained = state
         at = pl.ds(j * keys, keys)
         beta = None if log_beta is None else log_beta[at]
-        bias, _ = bias_and_distance(own.begin, own.token[:, None], j * keys, index, beta, row_first, None, masked)
+        bias, _ = bias_and_distance(start + own.begin, own.token[:, None], j * keys, index, beta, row_first, None, masked)
         logits = biased(product(queries, k[at, :], (1, 1)) * (scale * LOG2E), bias)
         new_largest = jnp.maximum(largest, jnp.max(logits, axis=1))
         weights, decay = jnp.exp2(logits - new_largest[:, None]), jnp.exp2(largest - new_largest)
         total = total * decay + jnp.sum(weights, axis=1)
         sums = sums * decay[:, None] + product(weights.astype(v.dtype), v[at, :], (1, 0))
         if log_beta is not None:
-            bias, _ = bias_and_distance(own.begin, own_tokens.token[:, None], j * keys, index, beta, token_first, None, masked)
+            bias, _ = bias_and_distance(start + own.begin, own_tokens.token[:, None], j * keys, index, beta, token_first, None, masked)
             retained += jnp.exp2(bias)
         return new_largest, total, sums, retained
 
@@ -154,15 +159,16 @@ def forward_kernel(q, k, v, log_beta, first, out, lse, mass, *, rows, keys, scal
     retained = zeros(() if log_beta is None else (own_tokens.token.shape[0], keys))
     state = (jnp.full((rows,), -jnp.inf), zeros((rows,)), zeros((rows, dim)), retained)
     end = jnp.minimum(own.begin + rows // group, length)
-    largest, total, sums, retained = two_loops(*keys_seen(own.begin, end, first, keys), tile, state)
+    largest, total, sums, retained = two_loops(*keys_seen(own.begin, end, first, keys, k.shape[0], start), tile, state)
     store(out, own, sums / total[:, None])
     store(lse, own, (largest + jnp.log2(total)) / LOG2E)
     if log_beta is not None:
         store(mass, own_tokens, jnp.sum(retained, axis=1))
 
 
-def queries_kernel(q, k, v, log_beta, first, lse, delta, dout, dq, *, rows, keys, scale):
+def queries_kernel(q, k, v, log_beta, start, first, lse, delta, dout, dq, *, rows, keys, scale):
     length, group, dim = q.shape
+    start = 0 if start is None else start[0]
     own = query_rows(pl.num_programs(0) - 1 - pl.program_id(0), rows, group, length)
     queries, gradients, index = load(q, own), load(dout, own), jnp.arange(keys)
     row_lse, row_delta = load(lse, own)[:, None] * LOG2E, load(delta, own)[:, None]
@@ -172,18 +178,19 @@ def queries_kernel(q, k, v, log_beta, first, lse, delta, dout, dq, *, rows, keys
         at = pl.ds(j * keys, keys)
         logits, dweights = product(queries, k[at, :], (1, 1)), product(gradients, v[at, :], (1, 1))
         beta = None if log_beta is None else log_beta[at]
-        bias, _ = bias_and_distance(own.begin, own.token[:, None], j * keys, index, beta, row_first, None, masked)
+        bias, _ = bias_and_distance(start + own.begin, own.token[:, None], j * keys, index, beta, row_first, None, masked)
         dlogits = jnp.exp2(biased(logits * (scale * LOG2E), bias) - row_lse) * (dweights - row_delta)
         return sums + product(dlogits.astype(k.dtype), k[at, :], (1, 0))
 
     end = jnp.minimum(own.begin + rows // group, length)
-    sums = two_loops(*keys_seen(own.begin, end, first, keys), tile, jnp.zeros((rows, dim), jnp.float32))
+    sums = two_loops(*keys_seen(own.begin, end, first, keys, k.shape[0], start), tile, jnp.zeros((rows, dim), jnp.float32))
     store(dq, own, sums * scale)
 
 
-def keys_kernel(q, k, v, log_beta, last, lse, delta, dout, dmass, dk, dv, dlog_beta, *, rows, keys, scale):
+def keys_kernel(q, k, v, log_beta, start, last, lse, delta, dout, dmass, dk, dv, dlog_beta, *, rows, keys, scale):
     """Tiles lie transposed here, [keys, rows]."""
     length, group, dim = q.shape
+    start = 0 if start is None else start[0]
     begin = pl.program_id(0) * keys
     at, index = pl.ds(begin, keys), jnp.arange(keys)[:, None]
     own_keys, own_values = k[at, :], v[at, :]
@@ -195,7 +202,7 @@ def keys_kernel(q, k, v, log_beta, last, lse, delta, dout, dmass, dk, dv, dlog_b
         met = query_rows(i, rows, group, length)
         queries, gradients = load(q, met), load(dout, met)
         logits, dweights = product(own_keys, queries, (1, 1)), product(own_values, gradients, (1, 1))
-        bias, distance = bias_and_distance(met.begin, met.token, begin, index, beta, None, key_last, masked)
+        bias, distance = bias_and_distance(start + met.begin, met.token, begin, index, beta, None, key_last, masked)
         weights = jnp.exp2(biased(logits * (scale * LOG2E), bias) - load(lse, met) * LOG2E)
         sums_v += product(weights.astype(dout.dtype), gradients, (1, 0))
         dlogits = weights * (dweights - load(delta, met))
@@ -203,13 +210,13 @@ def keys_kernel(q, k, v, log_beta, last, lse, delta, dout, dmass, dk, dv, dlog_b
         if log_beta is not None:
             sums_beta += jnp.sum(dlogits * distance, axis=1)
             met_tokens = token_rows(i, rows, group, length)
-            bias, distance = bias_and_distance(met.begin, met_tokens.token, begin, index, beta, None, key_last, masked)
+            bias, distance = bias_and_distance(start + met.begin, met_tokens.token, begin, index, beta, None, key_last, masked)
             sums_beta += jnp.sum(load(dmass, met_tokens) * jnp.exp2(bias) * distance, axis=1)
         return sums_k, sums_v, sums_beta
 
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
     state = (zeros((keys, dim)), zeros((keys, dim)), zeros((keys,)))
-    sums_k, sums_v, sums_beta = two_loops(*queries_seeing(begin, keys, last, length, rows // group), tile, state)
+    sums_k, sums_v, sums_beta = two_loops(*queries_seeing(begin, keys, last, length, rows // group, start), tile, state)
     dk[at, :] = (sums_k * scale).astype(dk.dtype)
     dv[at, :] = sums_v.astype(dv.dtype)
     if log_beta is not None:
@@ -222,10 +229,11 @@ def spec(x):
         return None
     kind, array = x
     block, where = {
-        "q": ((None, ..., None, ..., ...), lambda i, h, b: (b, 0, h, 0, 0)),  # [B, T, H, G, D]
+        "q": ((None, ..., None, ..., ...), lambda i, h, b: (b, 0, h, 0, 0)),  # [B, Tq, H, G, D]
         "k": ((None, ..., None, ...), lambda i, h, b: (b, 0, h, 0)),  # [B, T, H, D]
-        "head": ((None, None, ...), lambda i, h, b: (b, h, 0)),  # [B, H, T] or [B, H, T*G]
-        "row": ((None, ...), lambda i, h, b: (b, 0)),  # [B, T]
+        "head": ((None, None, ...), lambda i, h, b: (b, h, 0)),  # [B, H, T], [B, H, Tq] or [B, H, Tq*G]
+        "row": ((None, ...), lambda i, h, b: (b, 0)),  # [B, T] or [B, Tq]
+        "start": ((...,), lambda i, h, b: (0,)),  # [1]
     }[kind]
     return pl.BlockSpec(tuple(n if whole is ... else None for whole, n in zip(block, array.shape, strict=True)), where)
 
@@ -235,11 +243,12 @@ def call(kernel, name, dim, inputs, outputs, interpret):
 
     dim: D before padding. inputs, outputs: (kind, array or its shape) each, None for what there is not.
     """
-    batch, length, heads, group, _ = inputs[0][1].shape
-    rows, keys, warps, stages = tiles(group, dim, inputs[0][1].dtype)[name]
+    (_, q), (_, k), *_ = inputs
+    batch, _, heads, group, _ = q.shape
+    rows, keys, warps, stages = tiles(group, dim, q.dtype)[name]
     return pl.pallas_call(
         functools.partial(kernel, rows=rows, keys=keys, scale=dim**-0.5),
-        grid=(pl.cdiv(length, keys if name == "keys" else rows // group), heads, batch),
+        grid=(k.shape[1] // keys if name == "keys" else pl.cdiv(q.shape[1], rows // group), heads, batch),
         in_specs=[spec(x) for x in inputs],
         out_specs=[spec(x) for x in outputs],
         out_shape=[None if x is None else jax.ShapeDtypeStruct(x[1].shape, x[1].dtype) for x in outputs],
@@ -249,48 +258,58 @@ def call(kernel, name, dim, inputs, outputs, interpret):
     )(*[None if x is None else x[1] for x in inputs])
 
 
-def prepare(q, k, v, log_beta, segment_ids, *more):
-    """The arrays as the kernels take them, T and D padded: q, k, v, log_beta [B,H,T] in base 2, first, last (None where no document ends), more."""
-    batch, length = q.shape[:2]
-    padded, dim = pl.cdiv(length, PADDING) * PADDING, pl.next_power_of_2(max(q.shape[-1], 16))
-    q, k, v, *more = (grow(grow(x, 1, padded), -1, dim) for x in (q, k, v, *more))
+def grown(length: int) -> int:
+    return pl.cdiv(length, PADDING) * PADDING
+
+
+def prepare(q, k, v, log_beta, segment_ids, start, *more):
+    """The arrays as the kernels take them, time and D padded.
+
+    These are q, k, v, log_beta [B,H,T] in base 2, start [1], first [B,Tq] and last [B,T] (None where no document ends), and more.
+    """
+    padded, dim = grown(k.shape[1]), pl.next_power_of_2(max(q.shape[-1], 16))
+    first, last = (None, None) if segment_ids is None else document_bounds(segment_ids, *k.shape[:2], padded)
+    first = None if first is None else of_queries(first, start, grown(q.shape[1]))
+    q, k, v, *more = (grow(grow(x, 1, grown(x.shape[1])), -1, dim) for x in (q, k, v, *more))
     log_beta = None if log_beta is None else jnp.swapaxes(grow(log_beta * LOG2E, 1, padded), 1, 2)
-    bounds = (None, None) if segment_ids is None else document_bounds(segment_ids, batch, length, padded)
-    return q, k, v, log_beta, *bounds, *more
+    return q, k, v, log_beta, None if start is None else start[None], first, last, *more
 
 
 def of_kind(kind, x):
     return None if x is None else (kind, x)
 
 
-def forward(q, k, v, log_beta, segment_ids, interpret=False):
+def forward(q, k, v, log_beta, segment_ids, start, interpret=False):
     batch, length, heads, group, dim = q.shape
-    q, k, v, log_beta, first, _ = prepare(q, k, v, log_beta, segment_ids)
+    q, k, v, log_beta, start, first, _ = prepare(q, k, v, log_beta, segment_ids, start)
     padded = q.shape[1]
-    inputs = [("q", q), ("k", k), ("k", v), of_kind("head", log_beta), of_kind("row", first)]
+    inputs = [("q", q), ("k", k), ("k", v), of_kind("head", log_beta), of_kind("start", start), of_kind("row", first)]
     lse = jax.ShapeDtypeStruct((batch, heads, padded * group), jnp.float32)
-    outputs = [("q", q), ("head", lse), of_kind("head", log_beta)]
+    mass = None if log_beta is None else jax.ShapeDtypeStruct((batch, heads, padded), jnp.float32)
+    outputs = [("q", q), ("head", lse), of_kind("head", mass)]
     out, lse, mass = call(forward_kernel, "forward", dim, inputs, outputs, interpret)
     lse = jnp.swapaxes(lse.reshape(batch, heads, padded, group), 2, 3)[..., :length]
     return out[:, :length, ..., :dim], None if mass is None else jnp.swapaxes(mass, 1, 2)[:, :length], lse
 
 
-def backward(q, k, v, log_beta, segment_ids, lse, delta, dout, dmass, interpret=False):
+def backward(q, k, v, log_beta, segment_ids, start, lse, delta, dout, dmass, interpret=False):
     batch, length, heads, group, dim = q.shape
-    q, k, v, log_beta, first, last, dout = prepare(q, k, v, log_beta, segment_ids, dout)
+    whole = k.shape[1]
+    q, k, v, log_beta, start, first, last, dout = prepare(q, k, v, log_beta, segment_ids, start, dout)
     padded = q.shape[1]
     lse, delta = (jnp.swapaxes(grow(x, 3, padded), 2, 3).reshape(batch, heads, padded * group) for x in (lse, delta))
     dmass = None if dmass is None else jnp.swapaxes(grow(dmass, 1, padded), 1, 2)
     arrays = [("q", q), ("k", k), ("k", v), of_kind("head", log_beta)]
+    start = of_kind("start", start)
     of_rows = [("head", lse), ("head", delta), ("q", dout)]
-    [dq] = call(queries_kernel, "queries", dim, [*arrays, of_kind("row", first), *of_rows], arrays[:1], interpret)
-    inputs = [*arrays, of_kind("row", last), *of_rows, of_kind("head", dmass)]
+    [dq] = call(queries_kernel, "queries", dim, [*arrays, start, of_kind("row", first), *of_rows], arrays[:1], interpret)
+    inputs = [*arrays, start, of_kind("row", last), *of_rows, of_kind("head", dmass)]
     dk, dv, dlog_beta = call(keys_kernel, "keys", dim, inputs, arrays[1:], interpret)
-    dq, dk, dv = (x[:, :length, ..., :dim] for x in (dq, dk, dv))
-    return dq, dk, dv, None if dlog_beta is None else jnp.swapaxes(dlog_beta, 1, 2)[:, :length]
+    dk, dv = (x[:, :whole, ..., :dim] for x in (dk, dv))
+    return dq[:, :length, ..., :dim], dk, dv, None if dlog_beta is None else jnp.swapaxes(dlog_beta, 1, 2)[:, :whole]
 
 
-def retention_attention(q, k, v, log_beta=None, segment_ids=None, interpret=False):
+def retention_attention(q, k, v, log_beta=None, segment_ids=None, start=None, interpret=False):
     """As the operation of this name. interpret: what pallas_call takes."""
     passes = (functools.partial(f, interpret=interpret) for f in (forward, backward))
-    return differentiable(*passes)(q, k, v, log_beta, segment_ids)
+    return differentiable(*passes)(q, k, v, log_beta, segment_ids, start)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.retention_attention.common import HIDDEN, LOG2E, biased, differentiable, document_bounds, grow, product
+from pallas_kernels.retention_attention.common import HIDDEN, LOG2E, biased, differentiable, document_bounds, grow, of_queries, product
 
 LANES = 128
 # A step of the schedule is one word: the block whose result it adds to, the block it meets, and these.
@@ -43,35 +43,43 @@ def schedule(low: jax.Array, high: jax.Array, full_low: jax.Array, full_high: ja
     """The steps of all blocks, one behind the other: block i meets blocks low[i]..high[i], of which full_low[i]..full_high[i] need no mask.
 
     All [B,n] int32, ends included. Returns words [B*most], how many steps the longest sequence takes, and `most`. A shorter one then stays where it
-    is, not LIVE.
+    is, not LIVE. A block that meets none takes one step that is not LIVE either, for its zeros to be written.
     """
+    some = low <= high
+    low, high = jnp.where(some, low, 0), jnp.where(some, high, 0)
     end = jnp.cumsum(high - low + 1, axis=1)
     step = jnp.arange(most)
     block = jax.vmap(lambda end: jnp.searchsorted(end, step, side="right"))(end)
     block = jnp.minimum(block, low.shape[1] - 1)
-    low, high, full_low, full_high, block_end = (jnp.take_along_axis(x, block, axis=1) for x in (low, high, full_low, full_high, end))
+    some, low, high, full_low, full_high, block_end = (jnp.take_along_axis(x, block, axis=1) for x in (some, low, high, full_low, full_high, end))
     met = jnp.minimum(high - block_end + 1 + step, high)
-    flags = FIRST * (met == low) + LAST * (met == high) + LIVE + MASKED * ((met < full_low) | (met > full_high))
+    flags = FIRST * (met == low) + LAST * (met == high) + LIVE * some + MASKED * ((met < full_low) | (met > full_high))
     words = block << OWN | met << OTHER | jnp.where(step < end[:, -1:], flags, 0)
     return words.reshape(-1), jnp.max(end[:, -1]), most
 
 
-def queries_schedule(first, queries, keys):
-    """Of blocks of queries, from first [B,T]: the keys from the first query's document on up to the last query."""
-    batch, length = first.shape
-    begin = jnp.arange(0, length, queries)
-    low, high = first[:, begin] // keys, jnp.broadcast_to((begin + queries - 1) // keys, (batch, len(begin)))
-    full_low, full_high = pl.cdiv(first[:, begin + queries - 1], keys), jnp.broadcast_to((begin + 1) // keys - 1, high.shape)
-    return schedule(low, high, full_low, full_high, sum((i + queries - 1) // keys + 1 for i in range(0, length, queries)))
+def queries_schedule(first, length, queries, keys, start=None):
+    """Of blocks of queries, from their first [B,Tq]: of `length` keys those from the first query's document on up to the last query."""
+    begin = jnp.arange(0, first.shape[1], queries)
+    time = begin + (0 if start is None else start)
+    low, high = first[:, begin] // keys, jnp.minimum((time + queries - 1) // keys, length // keys - 1)
+    full_low, full_high = pl.cdiv(first[:, begin + queries - 1], keys), (time + 1) // keys - 1
+    high, full_high = (jnp.broadcast_to(x, low.shape) for x in (high, full_high))
+    most = sum(length // keys if start is not None else (i + queries - 1) // keys + 1 for i in range(0, first.shape[1], queries))
+    return schedule(low, high, full_low, full_high, most)
 
 
-def keys_schedule(last, queries, keys):
-    """Of blocks of keys, from last [B,T]: the queries from the first key on up to the end of the last key's document."""
-    batch, length = last.shape
-    begin = jnp.arange(0, length, keys)
-    low, high = jnp.broadcast_to(begin // queries, (batch, len(begin))), last[:, begin + keys - 1] // queries
-    full_low, full_high = jnp.broadcast_to(pl.cdiv(begin + keys - 1, queries), low.shape), (last[:, begin] + 1) // queries - 1
-    return schedule(low, high, full_low, full_high, sum((length - i) // queries for i in range(0, length, keys)))
+def keys_schedule(last, length, queries, keys, start=None):
+    """Of blocks of keys, from their last [B,T]: of `length` queries those from the first key on up to the end of the last key's document."""
+    begin = jnp.arange(0, last.shape[1], keys)
+    last_first, last_last = last[:, begin], last[:, begin + keys - 1]
+    most = sum((length if start is not None else length - i) // queries for i in range(0, last.shape[1], keys))
+    if start is not None:
+        begin, last_first, last_last = (x - start for x in (begin, last_first, last_last))
+    low, high = jnp.maximum(begin // queries, 0), jnp.minimum(last_last // queries, length // queries - 1)
+    full_low, full_high = pl.cdiv(begin + keys - 1, queries), (last_first + 1) // queries - 1
+    low, full_low = (jnp.broadcast_to(x, high.shape) for x in (low, full_low))
+    return schedule(low, high, full_low, full_high, most)
 
 
 def wide(x, n):
@@ -109,7 +117,7 @@ def masked_or_not(word, tile):
     pl.when((word & LIVE != 0) & (word & MASKED == 0))(functools.partial(tile, False))
 
 
-def forward_kernel(words, q, k, v, log_beta, last, out, lse, mass, sums, largest, total, retained, *, most):
+def forward_kernel(words, start, q, k, v, log_beta, last, out, lse, mass, sums, largest, total, retained, *, most):
     word = words[pl.program_id(0) * most + pl.program_id(2)]
     group, queries, dim = q.shape
     keys = k.shape[0]
@@ -123,7 +131,7 @@ def forward_kernel(words, q, k, v, log_beta, last, out, lse, mass, sums, largest
 
     def tile(masked):
         beta = None if log_beta is None else log_beta[...]
-        bias, _ = bias_and_distance((queries, keys), 0, own(word) * queries, other(word) * keys, beta, None, last[...], masked)
+        bias, _ = bias_and_distance((queries, keys), 0, start[0] + own(word) * queries, other(word) * keys, beta, None, last[...], masked)
         if log_beta is not None:
             retained[...] += by_lane(jnp.exp2(bias))
         for g in range(group):
@@ -148,7 +156,9 @@ def forward_kernel(words, q, k, v, log_beta, last, out, lse, mass, sums, largest
             mass[...] = jnp.sum(jnp.transpose(retained[...]), axis=0, keepdims=True)
 
 
-def keys_kernel(words, q, k, v, log_beta, first, lse, delta, dout, dmass, dk, dv, dlog_beta, sums_k, sums_v, sums_beta, beta_column, *, most):
+def keys_kernel(
+    words, start, q, k, v, log_beta, first, lse, delta, dout, dmass, dk, dv, dlog_beta, sums_k, sums_v, sums_beta, beta_column, *, most
+):
     """Tiles lie transposed here, [keys, queries], so that what each query brings lies along lanes."""
     word = words[pl.program_id(0) * most + pl.program_id(2)]
     group, queries, dim = q.shape
@@ -164,7 +174,7 @@ def keys_kernel(words, q, k, v, log_beta, first, lse, delta, dout, dmass, dk, dv
 
     def tile(masked):
         beta = None if log_beta is None else wide(beta_column[...], queries)
-        bias, distance = bias_and_distance((keys, queries), 1, other(word) * queries, own(word) * keys, beta, first[...], None, masked)
+        bias, distance = bias_and_distance((keys, queries), 1, start[0] + other(word) * queries, own(word) * keys, beta, first[...], None, masked)
         dbias = 0.0 if log_beta is None else dmass[...] * jnp.exp2(bias)
         for g in range(group):
             logits = biased(product(k[...], q[g], (1, 1)) * (dim**-0.5 * LOG2E), bias)
@@ -186,7 +196,7 @@ def keys_kernel(words, q, k, v, log_beta, first, lse, delta, dout, dmass, dk, dv
             dlog_beta[...] = jnp.sum(jnp.transpose(sums_beta[...]), axis=0, keepdims=True)
 
 
-def queries_kernel(words, q, k, v, log_beta, last, lse, delta, dout, dq, sums, lse_column, delta_column, *, most):
+def queries_kernel(words, start, q, k, v, log_beta, last, lse, delta, dout, dq, sums, lse_column, delta_column, *, most):
     word = words[pl.program_id(0) * most + pl.program_id(2)]
     group, queries, dim = q.shape
     keys = k.shape[0]
@@ -201,7 +211,7 @@ def queries_kernel(words, q, k, v, log_beta, last, lse, delta, dout, dq, sums, l
 
     def tile(masked):
         beta = None if log_beta is None else log_beta[...]
-        bias, _ = bias_and_distance((queries, keys), 0, own(word) * queries, other(word) * keys, beta, None, last[...], masked)
+        bias, _ = bias_and_distance((queries, keys), 0, start[0] + own(word) * queries, other(word) * keys, beta, None, last[...], masked)
         for g in range(group):
             at = slice(g * queries, (g + 1) * queries)
             logits = biased(product(q[g], k[...], (1, 1)) * (dim**-0.5 * LOG2E), bias)
@@ -220,35 +230,36 @@ def specs(most: int, own_queries: bool, group: int, queries: int, keys: int, dim
     """Where a step's blocks lie, by kind of array; own_queries: whether it is queries that the schedule's steps add to."""
 
     def spec(of_queries, block, place):
-        def index(b, h, step, words):
+        def index(b, h, step, words, start):
             word = words[b * most + step]
             return place(b, h, own(word) if of_queries == own_queries else other(word))
 
         return pl.BlockSpec(block, index)
 
     return {
-        "q": spec(True, (None, None, group, queries, dim), lambda b, h, i: (b, h, 0, i, 0)),  # [B, H, G, T, D]
+        "q": spec(True, (None, None, group, queries, dim), lambda b, h, i: (b, h, 0, i, 0)),  # [B, H, G, Tq, D]
         "k": spec(False, (None, None, keys, dim), lambda b, h, i: (b, h, i, 0)),  # [B, H, T, D]
-        "lse": spec(True, (None, None, group, queries), lambda b, h, i: (b, h, 0, i)),  # [B, H, G, T]
-        "mass": spec(True, (None, None, 1, queries), lambda b, h, i: (b, h, 0, i)),  # [B, H, 1, T]
+        "lse": spec(True, (None, None, group, queries), lambda b, h, i: (b, h, 0, i)),  # [B, H, G, Tq]
+        "mass": spec(True, (None, None, 1, queries), lambda b, h, i: (b, h, 0, i)),  # [B, H, 1, Tq]
         "beta": spec(False, (None, None, 1, keys), lambda b, h, i: (b, h, 0, i)),  # [B, H, 1, T]
-        "first": spec(True, (None, 1, queries), lambda b, h, i: (b, 0, i)),  # [B, 1, T]
+        "first": spec(True, (None, 1, queries), lambda b, h, i: (b, 0, i)),  # [B, 1, Tq]
         "last": spec(False, (None, 1, keys), lambda b, h, i: (b, 0, i)),  # [B, 1, T]
     }
 
 
-def call(kernel, own_queries, plan, sizes, inputs, outputs, scratch, products, interpret):
+def call(kernel, own_queries, plan, start, sizes, inputs, outputs, scratch, products, interpret):
     """Runs kernel over batch, kv heads and the steps of `plan`.
 
     sizes: queries and keys of a block. inputs, outputs: (kind, array or its shape) each, None for what there is not. products: matrix products a tile.
     """
     words, steps, most = plan
     batch, heads, group, length, dim = inputs[0][1].shape
+    pairs = length * inputs[1][1].shape[2]
     kinds = {None: None, **specs(most, own_queries, group, *sizes, dim)}
     return pl.pallas_call(
         functools.partial(kernel, most=most),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=2,
             grid=(batch, heads, steps),
             in_specs=[kinds[x and x[0]] for x in inputs],
             out_specs=[kinds[x and x[0]] for x in outputs],
@@ -257,13 +268,13 @@ def call(kernel, own_queries, plan, sizes, inputs, outputs, scratch, products, i
         out_shape=[None if x is None else jax.ShapeDtypeStruct(x[1].shape, x[1].dtype) for x in outputs],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
-            flops=products * batch * heads * group * length**2 * dim,
-            transcendentals=batch * heads * (group + 1) * length**2 // 2,
+            flops=products * batch * heads * group * pairs * dim,
+            transcendentals=batch * heads * (group + 1) * pairs // 2,
             bytes_accessed=sum(x[1].size * x[1].dtype.itemsize for x in [*inputs, *outputs] if x is not None),
         ),
         interpret=interpret,
         name=kernel.__name__,
-    )(words, *[None if x is None else x[1] for x in inputs])
+    )(words, jnp.asarray([0 if start is None else start], jnp.int32), *[None if x is None else x[1] for x in inputs])
 
 
 def time_inside(x, padded):
@@ -284,43 +295,49 @@ def per_token(x, length):
     return None if x is None else jnp.swapaxes(x[:, :, 0, :length], 1, 2)
 
 
-def forward(q, k, v, log_beta, segment_ids, interpret=False):
+def forward(q, k, v, log_beta, segment_ids, start, interpret=False):
     batch, length, heads, group, dim = q.shape
-    padded, queries, keys = blocks(length, group, dim, q.dtype)
-    first, last = document_bounds(segment_ids, batch, length, padded)
-    q, k, v = (time_inside(x, padded) for x in (q, k, v))
+    padded, queries, keys = blocks(k.shape[1], group, dim, q.dtype)
+    padded_queries = pl.cdiv(length, queries) * queries
+    first, last = document_bounds(segment_ids, batch, k.shape[1], padded)
+    q, k, v = time_inside(q, padded_queries), time_inside(k, padded), time_inside(v, padded)
     beta = None if log_beta is None else number("beta", log_beta * LOG2E, padded)
-    mass = None if log_beta is None else ("mass", beta[1])
+    mass = None if log_beta is None else ("mass", jax.ShapeDtypeStruct((batch, heads, 1, padded_queries), jnp.float32))
     inputs = [("q", q), ("k", k), ("k", v), beta, ("last", last[:, None])]
-    outputs = [("q", q), ("lse", jax.ShapeDtypeStruct((batch, heads, group, padded), jnp.float32)), mass]
+    outputs = [("q", q), ("lse", jax.ShapeDtypeStruct((batch, heads, group, padded_queries), jnp.float32)), mass]
     rows = (group * queries, LANES)
     scratch = [(group * queries, dim), rows, rows, (queries, LANES)]
-    plan = queries_schedule(first, queries, keys)
-    out, lse, mass = call(forward_kernel, True, plan, (queries, keys), inputs, outputs, scratch, 2, interpret)
+    plan = queries_schedule(of_queries(first, start, padded_queries), padded, queries, keys, start)
+    out, lse, mass = call(forward_kernel, True, plan, start, (queries, keys), inputs, outputs, scratch, 2, interpret)
     return time_outside(out, length), per_token(mass, length), lse[..., :length]
 
 
-def backward(q, k, v, log_beta, segment_ids, lse, delta, dout, dmass, interpret=False):
+def backward(q, k, v, log_beta, segment_ids, start, lse, delta, dout, dmass, interpret=False):
     batch, length, _, group, dim = q.shape
-    padded, queries, keys = blocks(length, group, dim, q.dtype)
-    first, last = document_bounds(segment_ids, batch, length, padded)
-    q, k, v, dout = (("q" if x.ndim == 5 else "k", time_inside(x, padded)) for x in (q, k, v, dout))
-    lse, delta = (("lse", grow(x, 3, padded)) for x in (lse, delta))
+    whole = k.shape[1]
+    padded, queries, keys = blocks(whole, group, dim, q.dtype)
+    padded_queries = pl.cdiv(length, queries) * queries
+    first, last = document_bounds(segment_ids, batch, whole, padded)
+    first = of_queries(first, start, padded_queries)
+    q, dout = (("q", time_inside(x, padded_queries)) for x in (q, dout))
+    k, v = (("k", time_inside(x, padded)) for x in (k, v))
+    lse, delta = (("lse", grow(x, 3, padded_queries)) for x in (lse, delta))
     beta = None if log_beta is None else number("beta", log_beta * LOG2E, padded)
     rows = (group * queries, LANES)
 
     inputs = [q, k, v, beta, ("last", last[:, None]), lse, delta, dout]
     scratch = [(group * queries, dim), rows, rows]
-    [dq] = call(queries_kernel, True, queries_schedule(first, queries, keys), (queries, keys), inputs, [q], scratch, 3, interpret)
+    plan = queries_schedule(first, padded, queries, keys, start)
+    [dq] = call(queries_kernel, True, plan, start, (queries, keys), inputs, [q], scratch, 3, interpret)
 
-    inputs = [q, k, v, beta, ("first", first[:, None]), lse, delta, dout, number("mass", dmass, padded)]
+    inputs = [q, k, v, beta, ("first", first[:, None]), lse, delta, dout, number("mass", dmass, padded_queries)]
     scratch = [(keys, dim), (keys, dim), (keys, LANES), (keys, LANES)]
-    plan = keys_schedule(last, queries, keys)
-    dk, dv, dlog_beta = call(keys_kernel, False, plan, (queries, keys), inputs, [k, v, beta], scratch, 4, interpret)
-    return *(time_outside(x, length) for x in (dq, dk, dv)), per_token(dlog_beta, length)
+    plan = keys_schedule(last, padded_queries, queries, keys, start)
+    dk, dv, dlog_beta = call(keys_kernel, False, plan, start, (queries, keys), inputs, [k, v, beta], scratch, 4, interpret)
+    return time_outside(dq, length), time_outside(dk, whole), time_outside(dv, whole), per_token(dlog_beta, whole)
 
 
-def retention_attention(q, k, v, log_beta=None, segment_ids=None, interpret=False):
+def retention_attention(q, k, v, log_beta=None, segment_ids=None, start=None, interpret=False):
     """As the operation of this name. interpret: what pallas_call takes."""
     passes = (functools.partial(f, interpret=interpret) for f in (forward, backward))
-    return differentiable(*passes)(q, k, v, log_beta, segment_ids)
+    return differentiable(*passes)(q, k, v, log_beta, segment_ids, start)

@@ -1,18 +1,20 @@
 """The form for CPUs: blocks of queries, each against the keys up to its own end, so that the upper triangle costs nothing and nothing is T x T.
 
-Unlike the kernels it does not skip other documents: static slices are what makes it fast.
+Unlike the kernels it does not skip other documents: static slices are what makes it fast. Where queries stand is not static if they have a start, and
+each block then meets all keys.
 """
 
 import jax.numpy as jnp
 
-from pallas_kernels.retention_attention.common import differentiable
+from pallas_kernels.retention_attention.common import differentiable, of_queries, times
 from pallas_kernels.retention_attention.reference import first_of_document
 
 
-def blocks(length: int) -> list[tuple[int, int]]:
-    """Each block of queries, (begin, end). Few of them while they are small, as each is compiled."""
-    size = min(max(128, -(-length // 16)), 1024)
-    return [(begin, min(begin + size, length)) for begin in range(0, length, size)]
+def blocks(queries: int, keys: int) -> list[tuple[int, int, int]]:
+    """Each block of queries, (begin, end), and the end of the keys it meets. Few blocks while they are small, as each is compiled."""
+    size = min(max(128, -(-queries // 16)), 1024)
+    ends = [(begin, min(begin + size, queries)) for begin in range(0, queries, size)]
+    return [(begin, end, end if queries == keys else keys) for begin, end in ends]
 
 
 def heads_first(x):
@@ -21,7 +23,7 @@ def heads_first(x):
 
 
 def rows(q, begin, end):
-    """[B,T,H,G,D] -> [B,H,G*(end-begin),D]: a kv head's G query heads as rows of one product, twice as fast as contracting in place."""
+    """[B,Tq,H,G,D] -> [B,H,G*(end-begin),D]: a kv head's G query heads as rows of one product, twice as fast as contracting in place."""
     batch, _, heads, group, dim = q.shape
     return jnp.transpose(q[:, begin:end], (0, 2, 3, 1, 4)).reshape(batch, heads, group * (end - begin), dim)
 
@@ -30,31 +32,35 @@ def product(equation, a, b):
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-def block_bias(log_beta, first, begin, end):
-    """The bias [B,H,end-begin,end] (or with ones for what does not matter), -inf where hidden, and how far keys lie behind, [end-begin,end]."""
-    distance = jnp.arange(begin, end)[:, None] - jnp.arange(end)
+def first_of_queries(segment_ids, start, queries):
+    return None if segment_ids is None else of_queries(first_of_document(segment_ids, segment_ids.shape), start, queries)
+
+
+def block_bias(log_beta, first, start, begin, end, met):
+    """The bias [B,H,end-begin,met] (or with ones for what does not matter), -inf where hidden, and how far keys lie behind, [end-begin,met]."""
+    distance = times(start, begin, end)[:, None] - jnp.arange(met)
     visible = distance >= 0
     if first is not None:
-        visible = (visible & (jnp.arange(end) >= first[:, begin:end, None]))[:, None]
-    bias = 0.0 if log_beta is None else distance * log_beta[:, :, None, :end]
+        visible = (visible & (jnp.arange(met) >= first[:, begin:end, None]))[:, None]
+    bias = 0.0 if log_beta is None else distance * log_beta[:, :, None, :met]
     return jnp.where(visible, bias, -jnp.inf), distance
 
 
-def forward(q, k, v, log_beta, segment_ids):
+def forward(q, k, v, log_beta, segment_ids, start):
     batch, length, heads, group, dim = q.shape
-    first = None if segment_ids is None else first_of_document(segment_ids, (batch, length))
+    first = first_of_queries(segment_ids, start, length)
     k, v = heads_first(k), heads_first(v)
     log_beta = None if log_beta is None else heads_first(log_beta)
     outs, masses, lses = [], [], []
-    for begin, end in blocks(length):
-        bias, _ = block_bias(log_beta, first, begin, end)
+    for begin, end, met in blocks(length, k.shape[2]):
+        bias, _ = block_bias(log_beta, first, start, begin, end, met)
         shape = (batch, heads, group, end - begin)
-        logits = product("BHND,BHID->BHNI", rows(q, begin, end), k[:, :, :end]) * dim**-0.5
-        logits = logits.reshape(*shape, end) + (bias if bias.ndim == 2 else bias[:, :, None])
+        logits = product("BHND,BHID->BHNI", rows(q, begin, end), k[:, :, :met]) * dim**-0.5
+        logits = logits.reshape(*shape, met) + (bias if bias.ndim == 2 else bias[:, :, None])
         largest = logits.max(axis=-1, keepdims=True)
         weights = jnp.exp(logits - largest)
         total = weights.sum(axis=-1)
-        out = product("BHNI,BHID->BHND", weights.astype(v.dtype).reshape(batch, heads, -1, end), v[:, :, :end]).reshape(*shape, dim)
+        out = product("BHNI,BHID->BHND", weights.astype(v.dtype).reshape(batch, heads, -1, met), v[:, :, :met]).reshape(*shape, dim)
         outs.append(jnp.transpose((out / total[..., None]).astype(q.dtype), (0, 3, 1, 2, 4)))
         lses.append(largest[..., 0] + jnp.log(total))
         if log_beta is not None:
@@ -62,31 +68,31 @@ def forward(q, k, v, log_beta, segment_ids):
     return jnp.concatenate(outs, axis=1), jnp.concatenate(masses, axis=1) if masses else None, jnp.concatenate(lses, axis=3)
 
 
-def backward(q, k, v, log_beta, segment_ids, lse, delta, dout, dmass):
+def backward(q, k, v, log_beta, segment_ids, start, lse, delta, dout, dmass):
     batch, length, heads, group, dim = q.shape
-    first = None if segment_ids is None else first_of_document(segment_ids, (batch, length))
+    first = first_of_queries(segment_ids, start, length)
     k, v = heads_first(k), heads_first(v)
     dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     log_beta, dmass = (None if x is None else heads_first(x) for x in (log_beta, dmass))
     dlog_beta = None if log_beta is None else jnp.zeros_like(log_beta)
     dqs = []
-    for begin, end in blocks(length):
-        bias, distance = block_bias(log_beta, first, begin, end)
+    for begin, end, met in blocks(length, k.shape[2]):
+        bias, distance = block_bias(log_beta, first, start, begin, end, met)
         queries, gradients = rows(q, begin, end), rows(dout, begin, end)
-        shape, flat = (batch, heads, group, end - begin, end), (batch, heads, group * (end - begin), end)
-        logits = product("BHND,BHID->BHNI", queries, k[:, :, :end]) * dim**-0.5
+        shape, flat = (batch, heads, group, end - begin, met), (batch, heads, group * (end - begin), met)
+        logits = product("BHND,BHID->BHNI", queries, k[:, :, :met]) * dim**-0.5
         logits = logits.reshape(shape) + (bias if bias.ndim == 2 else bias[:, :, None])
         weights = jnp.exp(logits - lse[:, :, :, begin:end, None])
-        dv = dv.at[:, :, :end].add(product("BHNI,BHND->BHID", weights.astype(v.dtype).reshape(flat), gradients))
-        dweights = product("BHND,BHID->BHNI", gradients, v[:, :, :end]).reshape(shape)
+        dv = dv.at[:, :, :met].add(product("BHNI,BHND->BHID", weights.astype(v.dtype).reshape(flat), gradients))
+        dweights = product("BHND,BHID->BHNI", gradients, v[:, :, :met]).reshape(shape)
         dlogits = weights * (dweights - delta[:, :, :, begin:end, None])
         if log_beta is not None:
             dbias = dlogits.sum(axis=2) + dmass[:, :, begin:end, None] * jnp.exp(bias)
-            dlog_beta = dlog_beta.at[:, :, :end].add((dbias * distance).sum(axis=2))
+            dlog_beta = dlog_beta.at[:, :, :met].add((dbias * distance).sum(axis=2))
         dlogits = dlogits.astype(q.dtype).reshape(flat)
-        dq = product("BHNI,BHID->BHND", dlogits, k[:, :, :end]) * dim**-0.5
+        dq = product("BHNI,BHID->BHND", dlogits, k[:, :, :met]) * dim**-0.5
         dqs.append(jnp.transpose(dq.astype(q.dtype).reshape(*shape[:-1], dim), (0, 3, 1, 2, 4)))
-        dk = dk.at[:, :, :end].add(product("BHNI,BHND->BHID", dlogits, queries) * dim**-0.5)
+        dk = dk.at[:, :, :met].add(product("BHNI,BHND->BHID", dlogits, queries) * dim**-0.5)
     dlog_beta = None if dlog_beta is None else heads_first(dlog_beta)
     return jnp.concatenate(dqs, axis=1), heads_first(dk.astype(k.dtype)), heads_first(dv.astype(v.dtype)), dlog_beta
 

@@ -1,4 +1,4 @@
-"""retention_attention: reference against numpy, kernels and CPU form against the reference with gradients, schedules, checks by name, traffic."""
+"""retention_attention: reference against numpy, kernels and CPU form against it with gradients, slices of queries, schedules, checks by name, traffic."""
 
 import functools
 import math
@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels.retention_attention import bench, cases, gpu, reference, retention_attention, tpu, xla
 from pallas_kernels.retention_attention.cases import REAL, SMALL, Case
-from pallas_kernels.retention_attention.common import document_bounds
+from pallas_kernels.retention_attention.common import document_bounds, of_queries
 from tests.pallas_kernels import races
 
 FORMS = {
@@ -24,36 +24,46 @@ NAMES = ("q", "k", "v", "log_beta")
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
 
 
-def by_hand(q, k, v, log_beta, segment_ids):
+def by_hand(q, k, v, log_beta, segment_ids, start):
     """out and mass in float64, one query at a time."""
     q, k, v, log_beta = (np.asarray(x, np.float64) for x in (q, k, v, log_beta))
-    out, mass = np.zeros(q.shape), np.zeros(log_beta.shape)
-    for b, t, h in np.ndindex(*log_beta.shape):
-        first = t
+    out, mass = np.zeros(q.shape), np.zeros(q.shape[:3])
+    for b, n, h in np.ndindex(*mass.shape):
+        first = t = n + int(start or 0)
         while first > 0 and (segment_ids is None or segment_ids[b, first - 1] == segment_ids[b, t]):
             first -= 1
         bias = np.array([(t - i) * log_beta[b, i, h] for i in range(first, t + 1)])
-        mass[b, t, h] = sum(math.exp(x) for x in bias)
+        mass[b, n, h] = sum(math.exp(x) for x in bias)
         for g in range(q.shape[3]):
-            logits = k[b, first : t + 1, h] @ q[b, t, h, g] / math.sqrt(q.shape[-1]) + bias
+            logits = k[b, first : t + 1, h] @ q[b, n, h, g] / math.sqrt(q.shape[-1]) + bias
             weights = np.exp(logits - logits.max())
-            out[b, t, h, g] = weights / weights.sum() @ v[b, first : t + 1, h]
+            out[b, n, h, g] = weights / weights.sum() @ v[b, first : t + 1, h]
     return out, mass
 
 
-def value_and_gradients(attention, given):
-    """out, mass and the gradients of a weighted sum of them, by name."""
+def loss_weights(q):
+    """What the loss multiplies out and mass by."""
     random = np.random.default_rng(7)
-    weight = jnp.asarray(random.normal(size=given["q"].shape), jnp.float32)
-    mass_weight = jnp.asarray(random.normal(size=given["k"].shape[:3]), jnp.float32)
-    inputs = {name: given[name] for name in NAMES if given[name] is not None}
+    return jnp.asarray(random.normal(size=q.shape), jnp.float32), jnp.asarray(random.normal(size=q.shape[:3]), jnp.float32)
 
-    def loss(inputs):
-        out, mass = attention(**{**given, **inputs})
-        return jnp.sum(out.astype(jnp.float32) * weight) + jnp.sum(mass * mass_weight), (out, mass)
 
-    (_, (out, mass)), gradients = jit(jax.value_and_grad(loss, has_aux=True))(inputs)
-    return {"out": out, "mass": mass, **gradients}
+def weighted(attention):
+    """The function (arguments, weights) -> out, mass and the gradients of their weighted sum, by name."""
+
+    def function(given, weights):
+        def loss(inputs):
+            out, mass = attention(**{**given, **inputs})
+            return jnp.sum(out.astype(jnp.float32) * weights[0]) + jnp.sum(mass * weights[1]), (out, mass)
+
+        inputs = {name: given[name] for name in NAMES if given[name] is not None}
+        (_, (out, mass)), gradients = jax.value_and_grad(loss, has_aux=True)(inputs)
+        return {"out": out, "mass": mass, **gradients}
+
+    return jit(function)
+
+
+def value_and_gradients(attention, given):
+    return weighted(attention)(given, loss_weights(given["q"]))
 
 
 @functools.cache
@@ -73,14 +83,22 @@ def assert_close(got, want, dtype):
         assert np.abs(a - b).max() <= allowed * max(np.abs(b).max(), 0.1), f"{name}: {np.abs(a - b).max()} of {np.abs(b).max()}"
 
 
-@pytest.mark.parametrize("case", [Case(2, 13, 2, 2, 4, documents=((1, 5, 4), (12,))), Case(1, 9, 1, 1, 4), Case(1, 8, 1, 3, 4, forgetting="at once")])
+BY_HAND = [
+    Case(2, 13, 2, 2, 4, documents=((1, 5, 4), (12,))),
+    Case(1, 9, 1, 1, 4),
+    Case(1, 8, 1, 3, 4, forgetting="at once"),
+    Case(2, 13, 1, 2, 4, documents=((1, 5, 4), (12,)), queries=(5, 11)),
+]
+
+
+@pytest.mark.parametrize("case", BY_HAND)
 def test_reference_by_hand(case):
     given = cases.arrays(case)
     out, mass = by_hand(**given)
     got = reference.retention_attention(**given)
     np.testing.assert_allclose(got[0], out, atol=2e-6)
     np.testing.assert_allclose(got[1], mass, rtol=2e-6)
-    assert mass[0, 0, 0] == 1.0
+    assert case.queries or mass[0, 0, 0] == 1.0
 
 
 def test_ids_that_come_again_are_another_document():
@@ -91,7 +109,7 @@ def test_ids_that_come_again_are_another_document():
 
 
 # What the CPU form tells apart is fewer: it has no tiles to skip.
-CPU_CASES = ("one token", "two rows", "three heads a group", "at once", "plain documents")
+CPU_CASES = ("one token", "two rows", "three heads a group", "at once", "plain documents", "a slice's documents", "a plain slice")
 
 
 @pytest.mark.parametrize("name, form", [(name, form) for name in SMALL for form in FORMS if form != "xla" or name in CPU_CASES])
@@ -108,6 +126,40 @@ def test_tpu_many_tiles(monkeypatch):
     assert_close(value_and_gradients(FORMS["tpu"], cases.arrays(MANY_TILES)), expected(MANY_TILES), "float32")
 
 
+SLICES = [
+    Case(2, 600, 1, 2, 16, documents=((130, 1, 300), (450, 149))),
+    Case(1, 600, 2, 3, 16),
+    Case(1, 600, 1, 1, 16, documents=((130, 1, 300),), forgetting=None),
+    Case(1, 600, 1, 1, 16, forgetting=None),
+]
+
+
+@pytest.mark.parametrize("case", SLICES, ids=["documents", "one document", "plain documents", "plain"])
+@pytest.mark.parametrize("form, count", [("reference", 2), ("xla", 2), ("tpu", 4), ("gpu", 4)])
+def test_slices_are_the_whole(monkeypatch, form, count, case):
+    """Slices of the queries, whose start is traced, have the whole's results side by side, and gradients of keys that add up to the whole's."""
+    monkeypatch.setattr(tpu, "blocks", lambda *_: (640, 128, 128))
+    attend = weighted({"reference": reference.retention_attention, **FORMS}[form])
+    given, size = cases.arrays(case), case.length // count
+    weights, parts = loss_weights(given["q"]), []
+    for start in range(0, case.length, size):
+        own = slice(start, start + size)
+        parts.append(attend({**given, "q": given["q"][:, own], "start": jnp.int32(start)}, [x[:, own] for x in weights]))
+        for name in parts[-1].keys() & {"k", "v", "log_beta"}:
+            assert not np.any(parts[-1][name][:, start + size :]), f"keys behind the last query have a gradient of {name}"
+    side_by_side = ("out", "mass", "q")
+    got = {name: jnp.concatenate([part[name] for part in parts], axis=1) if name in side_by_side else sum(part[name] for part in parts) for name in parts[0]}
+    assert_close(got, expected(case), "float32")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_whole_slice_has_no_start(form):
+    """As many queries as keys: the program does not look at start, and so is the one without it."""
+    given = cases.shapes(Case(1, 300, 1, 2, 32))
+    program = jax.make_jaxpr(FORMS[form])(*(given[name] for name in NAMES), None, jnp.int32(0)).jaxpr
+    assert not any(x is program.invars[-1] for equation in program.eqns for x in equation.invars)
+
+
 def test_tpu_races(monkeypatch):
     monkeypatch.setattr(tpu, "blocks", lambda *_: (256, 128, 128))
     case = Case(2, 200, 1, 2, 32, documents=((150,), (1, 130)))
@@ -117,21 +169,30 @@ def test_tpu_races(monkeypatch):
 
 
 @pytest.mark.parametrize("documents", [None, ((3, 1, 300, 40), (511, 2), (128, 128, 256))])
+@pytest.mark.parametrize("start", [None, 0, 200, 640])
 @pytest.mark.parametrize("queries, keys", [(128, 128), (128, 512)])
-def test_schedule(documents, queries, keys):
-    """Every tile with anything visible once, and no other; masks where anything is hidden; FIRST and LAST around each block."""
-    length = 1024
+def test_schedule(documents, start, queries, keys):
+    """Every tile with anything visible once, and no other; masks where anything is hidden; FIRST and LAST around each block, a step for each."""
+    length, count = 1024, 1024 if start is None else 384
     case = Case(3, length, 1, 1, 8, documents=documents)
     ids = cases.segment_ids(case)
     first, last = document_bounds(None if ids is None else jnp.asarray(ids), 3, length, length)
-    time = np.arange(length)
-    visible = (time[:, None] >= time) & (time >= np.asarray(first)[:, :, None])
-    tiles = visible.reshape(3, length // queries, queries, length // keys, keys).transpose(0, 1, 3, 2, 4)
+    first = of_queries(first, start, count)
+    index = np.arange(length)
+    time = np.arange(count) + (start or 0)
+    visible = (time[:, None] >= index) & (index >= np.asarray(first)[:, :, None])
+    tiles = visible.reshape(3, count // queries, queries, length // keys, keys).transpose(0, 1, 3, 2, 4)
     anything, everything = tiles.any(axis=(3, 4)), tiles.all(axis=(3, 4))
-    for plan, of_keys in ((tpu.queries_schedule(first, queries, keys), False), (tpu.keys_schedule(last, queries, keys), True)):
+    traced = None if start is None else jnp.int32(start)
+    plans = tpu.queries_schedule(first, length, queries, keys, traced), tpu.keys_schedule(last, count, queries, keys, traced)
+    for plan, of_keys in zip(plans, (False, True), strict=True):
         words, steps, most = (np.asarray(x) for x in plan)
-        assert steps == anything.sum(axis=(1, 2)).max() <= most
+        taken = np.maximum(anything.sum(axis=1 if of_keys else 2), 1).sum(axis=1)
+        assert steps == taken.max() <= most
         for b, row in enumerate(words.reshape(3, most)):
+            for flag in (tpu.FIRST, tpu.LAST):
+                np.testing.assert_array_equal(tpu.own(row[row & flag != 0]), np.arange(len(anything[b].T if of_keys else anything[b])))
+            assert np.all(np.diff(tpu.own(row)) >= 0) and np.all(tpu.other(row) < len(anything[b] if of_keys else anything[b].T))
             alive = row[row & tpu.LIVE != 0]
             own, other = tpu.own(alive), tpu.other(alive)
             at = (other, own) if of_keys else (own, other)
@@ -142,18 +203,19 @@ def test_schedule(documents, queries, keys):
             np.testing.assert_array_equal(alive & tpu.FIRST != 0, np.diff(own, prepend=-1) != 0)
             np.testing.assert_array_equal(alive & tpu.LAST != 0, np.diff(own, append=-1) != 0)
             # A sequence that is done stays where it is and does nothing.
-            idle = row[len(alive) :]
-            assert np.all(idle == alive[-1] & ~15)
+            assert np.all(row[taken[b] :] == row[taken[b] - 1] & ~15)
 
 
+@pytest.mark.parametrize("start, count", [(0, 384), (0, 128), (97, 128), (256, 128)])
 @pytest.mark.parametrize("rows, group, keys", [(128, 4, 64), (128, 3, 32), (64, 1, 128), (32, 8, 32)])
-def test_gpu_loops(rows, group, keys):
+def test_gpu_loops(rows, group, keys, start, count):
     """Either kernel's two loops meet each tile with anything visible once, and mask those with anything hidden."""
     length, tokens = 384, rows // group
     ids = jnp.asarray(cases.segment_ids(Case(1, length, 1, 1, 8, documents=((100, 1, 130),))))
     first, last = (x[0] for x in document_bounds(ids, 1, length, length))
-    time = np.arange(length)
-    visible = (time[:, None] >= time) & (time >= np.asarray(first)[:, None])
+    first = first[start : start + count]
+    time, index = np.arange(start, start + count), np.arange(length)
+    visible = (time[:, None] >= index) & (index >= np.asarray(first)[:, None])
 
     def tile(masked, i, met):
         return met.at[i].add(2 if masked else 1)
@@ -161,15 +223,15 @@ def test_gpu_loops(rows, group, keys):
     @jit
     @jax.vmap
     def by_queries(begin):
-        seen = gpu.keys_seen(begin, jnp.minimum(begin + tokens, length), first, keys)
+        seen = gpu.keys_seen(begin, jnp.minimum(begin + tokens, count), first, keys, length, start)
         return gpu.two_loops(*seen, tile, jnp.zeros(length // keys, jnp.int32))
 
     @jit
     @jax.vmap
     def by_keys(begin):
-        return gpu.two_loops(*gpu.queries_seeing(begin, keys, last, length, tokens), tile, jnp.zeros(-(-length // tokens), jnp.int32))
+        return gpu.two_loops(*gpu.queries_seeing(begin, keys, last, count, tokens, start), tile, jnp.zeros(-(-count // tokens), jnp.int32))
 
-    blocks = [np.arange(0, length, n) for n in (tokens, keys)]
+    blocks = [np.arange(0, n, size) for n, size in ((count, tokens), (length, keys))]
     anything, everything = (np.array([[f(visible[i : i + tokens, j : j + keys]) for j in blocks[1]] for i in blocks[0]]) for f in (np.any, np.all))
     for met in (np.asarray(by_queries(blocks[0])), np.asarray(by_keys(blocks[1])).T):
         np.testing.assert_array_equal(met > 0, anything)
@@ -217,7 +279,7 @@ def test_nothing_is_quadratic(form):
 
 
 BAD = [
-    ({"q": jnp.zeros((2, 3, 4, 5))}, r"q has shape \(2, 3, 4, 5\).*\[B,T,H,G,D\]"),
+    ({"q": jnp.zeros((2, 3, 4, 5))}, r"q has shape \(2, 3, 4, 5\).*\[B,Tq,H,G,D\]"),
     ({"q": jnp.zeros((2, 6, 2, 0, 4))}, "q has shape"),
     ({"q": jnp.zeros((2, 6, 2, 2, 4), jnp.float16)}, "q has dtype float16.*bfloat16"),
     ({"k": jnp.zeros((2, 6, 1, 4))}, r"k has shape \(2, 6, 1, 4\).*\(2, 6, 2, 4\)"),
@@ -230,6 +292,13 @@ BAD = [
     ({"log_beta": jnp.full((2, 6, 2), jnp.nan)}, "log_beta holds"),
     ({"segment_ids": jnp.zeros((6,), jnp.int32)}, r"segment_ids has shape \(6,\).*\(2, 6\)"),
     ({"segment_ids": jnp.zeros((2, 6))}, "segment_ids has dtype float32"),
+    ({"q": jnp.zeros((2, 4, 2, 2, 4))}, r"k has shape \(2, 6, 2, 4\).*\(2, 4, 2, 4\), or with start"),
+    ({"q": jnp.zeros((2, 8, 2, 2, 4)), "start": 0}, r"k has shape \(2, 6, 2, 4\).*\(2, 8, 2, 4\)$"),
+    ({"q": jnp.zeros((2, 4, 2, 2, 4)), "start": 3}, "start is 3: 4 queries among 6 tokens must start at 0 to 2"),
+    ({"q": jnp.zeros((2, 4, 2, 2, 4)), "start": jnp.int32(-1)}, "start is -1"),
+    ({"start": 1}, "start is 1.*0 to 0"),
+    ({"start": 0.0}, "start has shape .* float32"),
+    ({"start": jnp.zeros(2, jnp.int32)}, r"start has shape \(2,\)"),
     ({"implementation": "triton"}, "implementation is 'triton'.*'gpu'"),
 ]
 
