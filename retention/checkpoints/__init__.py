@@ -1,6 +1,7 @@
 """Models, tokenizers and gates in and out of files. `load` is the one door."""
 
 import pathlib
+from collections.abc import Callable
 
 from retention.checkpoints import download, gguf, huggingface
 from retention.checkpoints import gates as gates_file
@@ -10,7 +11,7 @@ from retention.model import Model
 SHIPPED = pathlib.Path(__file__).parent / "shipped"
 
 
-def load(name_or_path: str, gates: str | None = "auto", dtype: str = "float32") -> Model:
+def load(name_or_path: str, gates: str | None = "auto", dtype: str = "float32", place: Callable | None = None) -> Model:
     """Loads a model with its tokenizer and, if asked, its gates.
 
     Args:
@@ -19,6 +20,7 @@ def load(name_or_path: str, gates: str | None = "auto", dtype: str = "float32") 
       gates: "shipped" (those this package trained), the path of a gates file, or None. The default, "auto", is the shipped ones for a model that has
         some, and none for any other: there the policy "retention" will say what it lacks.
       dtype: "float32" or "bfloat16", of parameters and activations. Gates are float32 always.
+      place: (Config, a parameter's name) -> its jax Sharding, for a model that no device could hold whole; None: all on the default device.
 
     Raises:
       FileNotFoundError, ValueError, NotImplementedError: what is missing, broken or not supported, by file or argument name.
@@ -33,10 +35,10 @@ def load(name_or_path: str, gates: str | None = "auto", dtype: str = "float32") 
         if not path.exists():
             raise FileNotFoundError(f"no model {name!r}: give 'smollm2-135m', a .gguf file or a Hugging Face folder")
     if path.is_dir():
-        config, params = huggingface.load(path, dtype)
+        config, params = huggingface.load(path, dtype, place)
         tokenizer = Tokenizer.from_folder(path) if (path / "tokenizer.json").is_file() else None
     else:
-        config, params, metadata = gguf.load(path, dtype)
+        config, params, metadata = gguf.load(path, dtype, place)
         tokenizer = Tokenizer.from_gguf(metadata)
     shipped = {file.stem: file for file in SHIPPED.glob("*.safetensors")}
     if gates == "auto":

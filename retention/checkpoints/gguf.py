@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import gguf
@@ -35,14 +36,14 @@ NAMES = {
 }
 
 
-def load(path: str | pathlib.Path, dtype: Any = "float32") -> tuple[Config, dict[str, Any], dict[str, Any]]:
+def load(path: str | pathlib.Path, dtype: Any = "float32", place: Callable | None = None) -> tuple[Config, dict[str, Any], dict[str, Any]]:
     """Reads a GGUF file.
 
     Every tensor type that the `gguf` package dequantises is read; quantised tensors are expanded one at a time.
 
     Args:
       path: the file.
-      dtype: of the parameters, float32 or bfloat16.
+      dtype: of the parameters, float32 or bfloat16. place: (Config, a parameter's name) -> its jax Sharding; None: all on the default device.
 
     Returns:
       The configuration, the parameters (retention.model's, matrices [in, out], layers stacked) and the file's `tokenizer.*` metadata, which
@@ -76,7 +77,7 @@ def load(path: str | pathlib.Path, dtype: Any = "float32") -> tuple[Config, dict
         return array
 
     shapes = {name: tuple(tensor.shape.tolist()[::-1]) for name, tensor in tensors.items()}
-    params = stack(config, dtype, NAMES, shapes, read, str(path))
+    params = stack(config, dtype, NAMES, shapes, read, str(path), place)
     return config, params, {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -39,12 +40,13 @@ NAMES = {
 }
 
 
-def load(folder: str | pathlib.Path, dtype: Any = "float32") -> tuple[Config, dict[str, Any]]:
+def load(folder: str | pathlib.Path, dtype: Any = "float32", place: Callable | None = None) -> tuple[Config, dict[str, Any]]:
     """Reads a Hugging Face folder: config.json, and model.safetensors or the shards that model.safetensors.index.json names.
 
     Args:
       folder: as transformers 4 or 5 saves it.
       dtype: of the parameters, float32 or bfloat16, whatever the files hold.
+      place: (Config, a parameter's name) -> its jax Sharding; None: all on the default device.
 
     Returns:
       The configuration and the parameters (retention.model's, matrices [in, out], layers stacked).
@@ -66,7 +68,7 @@ def load(folder: str | pathlib.Path, dtype: Any = "float32") -> tuple[Config, di
         tensor = tensors[name]
         return np.memmap(tensor.file, tensor.dtype, "r", tensor.offset, tensor.shape)
 
-    return config, stack(config, dtype, NAMES, {name: tensor.shape for name, tensor in tensors.items()}, read, str(folder))
+    return config, stack(config, dtype, NAMES, {name: tensor.shape for name, tensor in tensors.items()}, read, str(folder), place)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
@@ -42,11 +43,12 @@ def stack(
     shapes: Mapping[str, tuple[int, ...]],
     read: Callable[[str], np.ndarray],
     source: str,
+    place: Callable[[Config, str], jax.sharding.Sharding] | None = None,
 ) -> dict[str, Any]:
-    """Reads every parameter of `config`, stacks those of the layers as [L, ...] and puts them on the default device.
+    """Reads every parameter of `config`, stacks those of the layers as [L, ...] and puts them where they are to lie.
 
     One tensor is read at a time, into its place in an array of the final dtype, so that beside the parameters already built there is
-    never more in memory than one stacked parameter and one tensor.
+    never more in the host's memory than one stacked parameter and one tensor, nor on a device than its own part.
 
     Args:
       config: the model.
@@ -55,6 +57,7 @@ def stack(
       shapes: what the checkpoint holds. Matrices are stored [out, in], embeddings [V, E].
       read: returns the named tensor, of the shape given in `shapes`.
       source: the checkpoint, for error messages.
+      place: (config, a parameter's name) -> its sharding, over the devices of one process or of many; None: all on the default device.
 
     Raises:
       ValueError: another dtype, a tensor that is missing, or one whose shape is not the one that config implies.
@@ -78,6 +81,7 @@ def stack(
     for _, key, shape, in_file in jobs:
         for name in in_file:
             check(name, shape if key == "embed" else shape[::-1])
+    places = {key: place(config, key) for _, key, _, _ in jobs} if place else {}
 
     params: dict[str, Any] = {"layers": {}}
     with tqdm.tqdm(total=sum(len(job[3]) for job in jobs), desc="loading", unit="tensor", leave=False) as progress:
@@ -87,8 +91,9 @@ def stack(
                 tensor = read(name)
                 target[...] = tensor if key == "embed" else tensor.T
                 progress.update()
-            (params[group] if group else params)[key] = jnp.asarray(array).block_until_ready()
+            placed = jax.make_array_from_callback(array.shape, places[key], array.__getitem__) if place else jnp.asarray(array)
+            (params[group] if group else params)[key] = placed.block_until_ready()
             # numpy's array goes before the next one is made: jax lets go of what it has copied when the garbage collector runs.
-            del array, target, tensor
+            del array, target, tensor, placed
             gc.collect(0)
     return params

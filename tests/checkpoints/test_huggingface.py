@@ -167,6 +167,23 @@ def test_memory_beside_the_parameters_is_one_stacked_parameter(tmp_path):
     assert peak < 1.3 * params["layers"]["up"].nbytes < 0.4 * total
 
 
+def test_place(tmp_path):
+    """Each parameter is put, once, where it is said to lie."""
+    tensors, asked = weights(), []
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("only",))
+
+    def place(config, name):
+        assert config.layers == L
+        asked.append(name)
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("only" if name == "embed" else None))
+
+    folder = write(tmp_path, entries(), tensors)
+    params = load(folder, "float32", place)[1]
+    assert_same(params, expected(tensors))
+    assert sorted(asked) == sorted(path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(params))
+    assert all(leaf.sharding == place(load(folder)[0], path[-1].key) for path, leaf in jax.tree_util.tree_leaves_with_path(params))
+
+
 FAST = {"beta_fast": 16.0, "attention_factor": 1.5}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 100}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
