@@ -1,231 +1,244 @@
-"""The training documents and their pipeline, on a small word-level tokenizer and CPython's own manual."""
+"""The data pipeline: what a batch holds, that packing loses nothing, and that rows are the same whoever makes them and wherever they resume."""
 
-import re
+import collections
+import json
 
-import grain
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from retention.training import data, documents, families, text
+from retention.checkpoints.tokenizer import Tokenizer
+from retention.training import data
+from tests.tiny import write_folder
 
-TOKEN = re.compile(r"<\|\w+\|>|\s?\w+|\s?[^\w\s]|\s")
-NAMES: list[str] = ["pad"]
-IDS: dict[str, int] = {}
-
-
-def encode(string: str) -> list[int]:
-    """One id a word, control string or sign; ids are given out in order of appearance."""
-    ids = []
-    for token in TOKEN.findall(string):
-        if token not in IDS:
-            IDS[token] = len(NAMES)
-            NAMES.append(token)
-        ids.append(IDS[token])
-    return ids
-
-
-def decode(ids) -> str:
-    return "".join(NAMES[i] for i in ids)
+CHAT = [
+    {"role": "user", "content": "What is a tuple?"},
+    {"role": "assistant", "content": "An immutable sequence."},
+    {"role": "user", "content": "And a list?"},
+    {"role": "assistant", "content": "A mutable one,\n\n as `list` says. "},
+]
+FACTS = {"kind": "facts", "path": "pydoc", "weight": 0.75}
+TEXT = {"kind": "text", "path": "pydoc", "weight": 0.25}
 
 
 @pytest.fixture(scope="module")
-def texts():
-    return text.load("pydoc")
+def tokenizer(tmp_path_factory):
+    return Tokenizer.from_folder(write_folder(tmp_path_factory.mktemp("model")))
 
 
-def test_tokenizer_of_these_tests_loses_nothing(texts):
-    assert decode(encode(texts[3] + documents.ASK)) == texts[3] + documents.ASK
+def section(sources, **changes):
+    entries = dict(batch_size=2, length=256, others=32, workers=0, max_chars=100_000, packing_bins=1, sources=sources)
+    return ConfigDict(entries | changes)
 
 
-def test_pydoc_is_prose(texts):
-    assert sum(map(len, texts)) > 100_000
-    joined = "\n\n".join(texts)
-    assert "::=" not in joined and ">>>" not in joined and "****" not in joined
-    assert not re.search(r"[^\n]\n[^\n]", joined)
+def records(tmp_path, contents, weight=1.0):
+    """A source of JSON lines: a str is a plain document, a list a conversation."""
+    path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+    path.write_text("".join(json.dumps({"text" if isinstance(one, str) else "messages": one}) + "\n" for one in contents))
+    return {"kind": "records", "path": str(path), "weight": weight}
 
 
-def test_load_files_undoes_line_breaks_and_drops_control_strings(tmp_path):
-    (tmp_path / "a.txt").write_text("One line\nand the next.\n\n\nA new<|im_end|> paragraph.")
-    (tmp_path / "b.txt").write_text("Second file.")
-    assert text.load(f"{tmp_path}/*.txt") == ["One line and the next.\n\nA new paragraph.", "Second file."]
-    assert len(text.load(f"{tmp_path}/a.txt, pydoc")) == 1 + len(text.load("pydoc"))
+def take(iterator, count):
+    batches = [next(iterator) for _ in range(count)]
+    iterator.close()
+    return batches
 
 
-def test_load_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        text.load(f"{tmp_path}/nowhere*.txt")
-    (tmp_path / "empty.txt").write_text(" \n")
-    with pytest.raises(ValueError, match="no text"):
-        text.load(f"{tmp_path}/empty.txt")
-    with pytest.raises(ValueError, match="empty part"):
-        text.load("pydoc,")
+def assert_same(batches, others):
+    for one, other in zip(batches, others, strict=True):
+        assert one.keys() == other.keys()
+        for name, values in one.items():
+            np.testing.assert_array_equal(values, other[name], name)
 
 
-def test_sentences():
-    prose = 'Mr. Brown left at 3.5 km. "Why?" asked Ann.\n\nNobody knew! He was gone.'
-    pieces = text.sentences(prose)
-    assert "".join(pieces) == prose
-    assert pieces == ["Mr. Brown left at 3.5 km.", ' "Why?" asked Ann.', "\n\nNobody knew!", " He was gone."]
+def documents_of(row):
+    """The token sequences of one row of a batch, [T] arrays, after checking how they are laid out."""
+    ids, positions = row["segment_ids"], row["positions"]
+    count = ids.max()
+    assert count >= 1
+    found = [row["tokens"][ids == number] for number in range(1, count + 1)]
+    laid_out = np.concatenate([np.full(len(one), number + 1) for number, one in enumerate(found)])
+    np.testing.assert_array_equal(ids, np.pad(laid_out, (0, len(ids) - len(laid_out))))
+    np.testing.assert_array_equal(positions[: len(laid_out)], np.concatenate([np.arange(len(one)) for one in found]))
+    np.testing.assert_array_equal(row["labels"][: len(laid_out)], np.concatenate([np.append(one[1:], 0) for one in found]))
+    for name in ("tokens", "labels", "positions", "answer", "other"):
+        assert not row[name][len(laid_out) :].any(), name
+    ends = np.append(np.flatnonzero(positions[1 : len(laid_out)] == 0), len(laid_out) - 1)
+    assert not (row["answer"] | row["other"])[ends].any()
+    assert not (row["answer"] & row["other"]).any()
+    return found
 
 
-def test_window_starts_at_a_sentence_and_runs_on(texts):
-    rng = np.random.default_rng(0)
-    corpus = "\n\n".join(texts)
-    starts = set()
-    for _ in range(50):
-        piece = text.window(texts, rng, 400)
-        assert len(piece) >= 400
-        starts.add(piece[:40])
-        at = corpus.index(piece[:40])
-        assert at == 0 or corpus[at - 1].isspace()
-    assert len(starts) > 40
-    assert len(text.window(["One. Two."], rng, 100)) >= 100
-
-
-def test_fit_ends_at_a_sentence_and_fills():
-    pieces = text.sentences(" ".join(f"Sentence {i} has a number of small words in it, as any sentence has." for i in range(20)))
-    for budget in range(20, 200, 7):
-        body = text.fit(pieces, encode, budget)
-        used = sum(len(encode(piece)) for piece in body)
-        assert budget - 3 <= used <= budget
-        assert body[-1].endswith(".")
-
-
-def test_join():
-    assert text.join(["\n\nA.", "B.", "\n\nx = 1\ny = 2", " C.", "\n\nD."]) == "A. B.\n\nx = 1\ny = 2\n\nC.\n\nD."
-
-
-def test_enough_phrasings():
-    statements = [one for family in families.FAMILIES.values() for one in family.statements]
-    assert len(set(statements)) >= 60
-    for name, family in families.FAMILIES.items():
-        assert len(family.statements) >= 4 and len(family.questions) >= 3, name
-        assert all("{v}" in one and "{k}" in one for one in family.statements), name
-        assert all("{k}" in one and "{v}" not in one for one in family.questions), name
-        assert all("{v}" in one for one in family.answers), name
-
-
-def test_drafts_bind_each_question_to_one_value():
-    sizes, turns = set(), set()
-    for seed in range(1500):
-        draft = documents.draft(np.random.default_rng(seed))
-        said = " ".join(draft.plants).lower()
-        sizes.add(len(draft.values))
-        turns.add(len(draft.turns))
-        assert len({value.lower() for value in draft.values}) == len(draft.values)
-        for value in draft.values:
-            assert said.count(value.lower()) == 1, (value, said)
-        for question, answer in draft.turns:
-            assert sum(value in answer for value in draft.values) == 1, (answer, draft.values)
-            assert not any(value.lower() in question.lower() for value in draft.values), (question, draft.values)
-    assert sizes == set(range(1, 9))
-    assert turns == {2, 3, 4}
-
-
-def test_planted_values_stand_in_the_context_once(texts):
-    for seed in range(60):
-        rng = np.random.default_rng(seed)
-        draft = documents.draft(rng)
-        parts = documents.assemble(draft, texts, encode, rng, 700)
-        assert parts is not None
-        context = decode(parts[0][0]).lower()
-        assert context.startswith(draft.prefix.lower())
-        for value in draft.values:
-            assert len(re.findall(rf"(?<!\w){re.escape(value.lower())}(?!\w)", context)) == 1
-
-
-def test_too_small_for_a_document(texts):
-    with pytest.raises(ValueError, match="too short"):
-        documents.document(texts, encode, np.random.default_rng(0), 20)
-
-
-@pytest.mark.parametrize("length", [256, 512])
-def test_item(texts, length):
-    source = data.Documents(encode, texts, length=length, targets=192)
+def test_batch_of_facts_and_text(tokenizer):
+    length = 256
+    pipeline = data.Pipeline(section({"facts": FACTS, "text": TEXT}), tokenizer, seed=3)
+    assert set(pipeline.report) == {"facts", "text"} and pipeline.report["facts"]["skipped"] == {}
     plain = 0
-    for index in range(80):
-        item = source[index]
-        size = int(item["length"])
-        tokens, targets, answer, valid = item["tokens"], item["targets"], item["answer"], item["valid"]
-        assert (tokens.shape, tokens.dtype) == ((length,), np.int32)
-        assert (targets.shape, targets.dtype) == ((192,), np.int32)
-        assert answer.dtype == valid.dtype == bool and answer.shape == valid.shape == (192,)
-        assert item["length"].dtype == np.int32
-        assert 0.9 * length <= size <= length
-        assert (tokens[:size] > 0).all() and (tokens[size:] == 0).all()
-        assert (targets >= 0).all() and (targets[valid] < size - 1).all()
-        assert len(set(targets[valid])) == valid.sum()
-        assert not (answer & ~valid).any() and (targets[~valid] == 0).all()
-        # The answer targets are exactly the assistant's turns with their ends.
-        whole = decode(tokens[:size])
-        turns = re.findall(r"(?<=<\|im_start\|>assistant\n).*?<\|im_end\|>", whole, re.DOTALL)
-        assert decode(tokens[np.sort(targets[answer]) + 1]) == "".join(turns)
-        others = int((valid & ~answer).sum())
-        if turns:
-            assert 64 <= others <= 160
-        else:
-            plain += 1
-            assert others == 192
-    assert 3 <= plain <= 25
+    for batch in take(pipeline.rows([0, 1]), 40):
+        assert {name: (values.shape, values.dtype.name) for name, values in batch.items()} == {
+            "tokens": ((2, length), "int32"),
+            "labels": ((2, length), "int32"),
+            "segment_ids": ((2, length), "int32"),
+            "positions": ((2, length), "int32"),
+            "answer": ((2, length), "bool"),
+            "other": ((2, length), "bool"),
+        }
+        for row in range(2):
+            one = {name: values[row] for name, values in batch.items()}
+            (document,) = documents_of(one)
+            assert 0.85 * length <= len(document) <= length
+            assert one["other"].sum() == 32
+            plain += not one["answer"].any()
+    assert 10 <= plain <= 30  # of 80; exact within a window of 1,024
 
 
-def test_answers_beyond_half_the_targets_are_dropped(texts):
-    source = data.Documents(encode, texts, length=512, targets=20, plain_share=0.0)
-    full = data.Documents(encode, texts, length=512, targets=400, plain_share=0.0)
-    for index in range(10):
-        few, many = source[index], full[index]
-        assert few["answer"].sum() == min(10, many["answer"].sum())
-        assert few["valid"].all()
-        assert set(few["targets"][few["answer"]]) <= set(many["targets"][many["answer"]])
+def test_chat_labels_are_the_assistants_turns(tokenizer, tmp_path):
+    pipeline = data.Pipeline(section({"chat": records(tmp_path, [CHAT])}, batch_size=1, others=7), tokenizer, seed=0)
+    first, second = take(pipeline.rows([0]), 2)
+    row = {name: values[0] for name, values in first.items()}
+    document = documents_of(row)[0]
+    answers = [f"{CHAT[turn]['content']}<|im_end|>" for turn in (1, 3)]
+    only = row["answer"] & (row["segment_ids"] == 1)
+    assert row["labels"][only].tolist() == [token for answer in answers for token in tokenizer.encode(answer)]
+    assert tokenizer.decode(row["labels"][only]) == CHAT[1]["content"] + CHAT[3]["content"]
+    assert tokenizer.decode(document) == tokenizer.decode(tokenizer.encode(tokenizer.chat(CHAT, add_generation_prompt=False)))
+    for number in range(1, row["segment_ids"].max() + 1):
+        assert (row["other"] & (row["segment_ids"] == number)).sum() == 7
+    assert not np.array_equal(first["other"], second["other"])
 
 
-def test_items_depend_on_seed_and_index_alone(texts):
-    first, again, other = (data.Documents(encode, texts, length=256, seed=seed) for seed in (1, 1, 2))
-    first[7], first[3]
-    for name, value in first[9].items():
-        np.testing.assert_array_equal(value, again[9][name])
-    assert not np.array_equal(first[9]["tokens"], other[9]["tokens"])
-    assert not np.array_equal(first[9]["tokens"], first[10]["tokens"])
+def test_few_tokens_are_all_compared(tokenizer, tmp_path):
+    pipeline = data.Pipeline(section({"chat": records(tmp_path, [CHAT])}, others=10_000), tokenizer, seed=0)
+    (batch,) = take(pipeline.rows([0]), 1)
+    has_next = (batch["segment_ids"] > 0) & (np.roll(batch["positions"], -1, 1) > 0)
+    np.testing.assert_array_equal(batch["answer"] | batch["other"], has_next)
 
 
-def test_plain_share(texts):
-    assert not any(data.Documents(encode, texts, 256, plain_share=1.0)[i]["answer"].any() for i in range(8))
-    assert all(data.Documents(encode, texts, 256, plain_share=0.0)[i]["answer"].any() for i in range(8))
+def test_long_documents_are_cut(tokenizer, tmp_path):
+    long = [{"role": "user", "content": "word " * 600}, {"role": "assistant", "content": "Yes."}]
+    pipeline = data.Pipeline(section({"chat": records(tmp_path, [long])}, length=64, others=9), tokenizer, seed=0)
+    (batch,) = take(pipeline.rows([0]), 1)
+    whole = tokenizer.encode(tokenizer.chat(long, add_generation_prompt=False))
+    assert batch["tokens"][0].tolist() == whole[:64]
+    assert not batch["answer"].any() and batch["other"].sum() == 9
 
 
-def test_source_errors(texts):
-    with pytest.raises(ValueError, match="texts"):
-        data.Documents(encode, [])
-    with pytest.raises(ValueError, match="length"):
-        data.Documents(encode, texts, length=100)
-    with pytest.raises(ValueError, match="targets"):
-        data.Documents(encode, texts, targets=1)
-    with pytest.raises(ValueError, match="plain_share"):
-        data.Documents(encode, texts, plain_share=1.5)
-    with pytest.raises(ValueError, match="batch_size"):
-        data.batches(data.Documents(encode, texts), 0, seed=0)
+@pytest.mark.parametrize("bins", [1, 3])
+def test_packing_loses_and_splits_nothing(tokenizer, tmp_path, monkeypatch, bins):
+    count, length = 32, 96
+    monkeypatch.setattr(data, "WINDOW", count)
+    rng = np.random.default_rng(0)
+    texts = [" ".join(str(number) for number in rng.integers(10, 99, size)) for size in rng.integers(1, 40, count)]
+    pipeline = data.Pipeline(section({"text": records(tmp_path, texts)}, batch_size=1, length=length, packing_bins=bins), tokenizer, seed=1)
+    sizes = [len(tokenizer.encode(one)) for one in texts]
+    assert max(sizes) > length  # one is cut
+    expected = {tuple(tokenizer.encode(one)[:length]) for one in texts}
+    iterator = pipeline.rows([0])
+    seen, per_row = collections.Counter(), []
+    for _ in range(90):
+        batch = next(iterator)
+        found = documents_of({name: values[0] for name, values in batch.items()})
+        per_row.append(len(found))
+        seen.update(tuple(one.tolist()) for one in found)
+        state = iterator.get_state()["0"]["grain"]
+        taken = state["parent"]["next_index"]
+        if state["next_row"] == 0:  # no row is open: what was taken has been given
+            assert seen.total() == taken
+            assert set(seen) <= expected
+            assert {seen[one] for one in expected} <= {taken // count, taken // count + 1}
+    iterator.close()
+    assert set(seen) == expected and max(per_row) > 1
 
 
-def test_source_fits_grain(texts):
-    source = data.Documents(encode, texts)
-    assert isinstance(source, grain.sources.RandomAccessDataSource)
-    assert len(source) == 10_000_000
+def test_rows_do_not_depend_on_their_company(tokenizer, tmp_path):
+    sources = {"facts": FACTS, "chat": records(tmp_path, [CHAT, CHAT[:2]])}
+    pipeline = data.Pipeline(section(sources, batch_size=3, packing_bins=2), tokenizer, seed=5)
+    together = take(pipeline.rows([0, 2]), 5)
+    first, last = take(pipeline.rows([0]), 5), take(pipeline.rows([2]), 5)
+    assert_same(together, [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(first, last, strict=True)])
+    assert not np.array_equal(first[0]["tokens"], last[0]["tokens"])
 
 
-def test_batches_resume_exactly(texts):
-    source = data.Documents(encode, texts, length=256)
-    iterator = iter(data.batches(source, 4, seed=3))
-    for _ in range(3):
-        next(iterator)
-    state = iterator.get_state()
-    expected = [next(iterator) for _ in range(2)]
-    assert expected[0]["tokens"].shape == (4, 256) and expected[0]["length"].shape == (4,)
+def test_seed_decides(tokenizer):
+    pipelines = [data.Pipeline(section({"facts": FACTS, "text": TEXT}), tokenizer, seed) for seed in (1, 1, 2)]
+    same, again, other = (take(pipeline.rows([1]), 2) for pipeline in pipelines)
+    assert_same(same, again)
+    assert not np.array_equal(same[0]["tokens"], other[0]["tokens"])
 
-    resumed = iter(data.batches(source, 4, seed=3))
+
+def test_resumes_exactly_from_every_state(tokenizer, tmp_path):
+    rng = np.random.default_rng(0)
+    texts = ["word " * int(size) for size in rng.integers(1, 40, 50)]
+    sources = {"chat": records(tmp_path, [CHAT, CHAT[:2]]), "text": records(tmp_path, texts)}
+    pipeline = data.Pipeline(section(sources, length=128, packing_bins=3), tokenizer, seed=0)
+    iterator = pipeline.rows([0, 1])
+    states, batches = [], []
+    for _ in range(12):
+        states.append(json.loads(json.dumps(iterator.get_state())))
+        batches.append(next(iterator))
+    assert {state["0"]["grain"]["next_row"] for state in states} == {0, 1, 2}
+    for step, state in enumerate(states):
+        fresh = pipeline.rows([1])  # half of the rows, as on another number of processes
+        fresh.set_state(state)
+        assert fresh.get_state() == {"1": state["1"]}
+        assert_same(take(fresh, len(batches) - step), [{name: values[1:] for name, values in batch.items()} for batch in batches[step:]])
+    iterator.set_state(states[4])  # back, with batches made ahead
+    assert_same(take(iterator, 2), batches[4:6])
+
+
+@pytest.mark.slow
+def test_workers_change_nothing(tokenizer, tmp_path):
+    sources = {"facts": FACTS, "chat": records(tmp_path, [CHAT, CHAT[:2]])}
+    threads, workers = (data.Pipeline(section(sources, workers=number), tokenizer, seed=0) for number in (0, 2))
+    expected = take(threads.rows([1]), 6)
+    iterator = workers.rows([1])
+    assert_same([next(iterator) for _ in range(3)], expected[:3])
+    state = json.loads(json.dumps(iterator.get_state()))
+    iterator.close()
+    resumed = workers.rows([1])
     resumed.set_state(state)
-    skipped = iter(data.batches(source, 4, seed=3, start=12))
-    for batch in expected:
-        for one in (next(resumed), next(skipped)):
-            for name, value in batch.items():
-                np.testing.assert_array_equal(one[name], value)
-    assert not np.array_equal(next(iter(data.batches(source, 4, seed=4)))["tokens"], next(iter(data.batches(source, 4, seed=3)))["tokens"])
+    assert_same(take(resumed, 3), expected[3:])
+    with pytest.raises(ValueError, match="data.workers=2"):
+        threads.rows([1]).set_state(state)
+
+
+def test_weights(tokenizer, tmp_path):
+    sources = {"a": records(tmp_path, ["alpha"], 3.0), "b": records(tmp_path, ["beta"], 1.0), "off": {"kind": "records", "path": "no", "weight": 0.0}}
+    pipeline = data.Pipeline(section(sources, batch_size=4, length=64), tokenizer, seed=0)
+    assert set(pipeline.report) == {"a", "b"}
+    alpha = tuple(tokenizer.encode("alpha"))
+    for batch in take(pipeline.rows([0, 1, 2, 3]), 1):
+        for row in range(4):  # every row has some of each, though 4 rows take turns at a pattern of 4 documents
+            found = [tuple(one.tolist()) == alpha for one in documents_of({name: values[row] for name, values in batch.items()})]
+            assert 0.4 < np.mean(found) < 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "data.batch_size"),
+        ({"others": -1}, "data.others"),
+        ({"workers": -1}, "data.workers"),
+        ({"packing_bins": 0}, "data.packing_bins"),
+        ({"length": 100}, "data.length must be at least 192"),
+        ({"sources": {}}, "weights"),
+        ({"sources": {"x": FACTS | {"weight": -1.0}}}, "weights"),
+        ({"sources": {"x": FACTS | {"kind": "fact"}}}, "data.sources.x.kind must be one of facts, text, records"),
+        ({"sources": {"x": {"kind": "facts", "weight": 1.0}}}, "data.sources.x needs kind, path and weight"),
+        ({"sources": {"x": TEXT}, "others": 0}, "no token would ever be compared"),
+    ],
+)
+def test_config_errors(tokenizer, changes, message):
+    with pytest.raises(ValueError, match=message):
+        data.Pipeline(section(**{"sources": {"facts": FACTS}, **changes}), tokenizer, seed=0)
+
+
+def test_use_errors(tokenizer):
+    pipeline = data.Pipeline(section({"facts": FACTS}), tokenizer, seed=0)
+    for rows in ([], [2], [-1]):
+        with pytest.raises(ValueError, match="0 to 1"):
+            pipeline.rows(rows)
+    with pytest.raises(ValueError, match=r"holds the rows 0, not \[1\]"):
+        pipeline.rows([1]).set_state(pipeline.rows([0]).get_state())
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        data.Pipeline(section({"text": TEXT | {"path": "nowhere.txt"}}), tokenizer, seed=0)

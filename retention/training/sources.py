@@ -1,0 +1,86 @@
+"""The sources of training documents: synthetic facts, windows of prose, and records of files. Each is a random access list of documents."""
+
+from typing import Protocol
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from retention.checkpoints.tokenizer import Tokenizer
+from retention.training import documents, text
+from retention.training.records import Records
+
+Document = tuple[np.ndarray, np.ndarray]  # tokens [n] int32, and whether each is an assistant's [n] bool
+ENDLESS = 10_000_000  # documents of a source that makes them, before it begins again
+
+
+class Source(Protocol):
+    """A list of documents, each a function of its index alone, and what opening the source found (see Pipeline.report)."""
+
+    report: dict
+    answers: bool  # whether its documents hold an assistant's tokens
+
+    def __len__(self) -> int: ...
+
+    def document(self, index: int, tokenizer: Tokenizer) -> Document:
+        """At least one token."""
+
+
+class Facts:
+    """Prose with planted facts and chat turns that ask for them, in SmolLM's chat format (see documents.py). Nearly `length` tokens each."""
+
+    answers = True
+
+    def __init__(self, path: str, length: int, seed: int):
+        if length < 192:
+            raise ValueError(f"data.length must be at least 192 tokens to hold a fact and a question, not {length}")
+        self._texts, self._length, self._seed = text.load(path), length, seed
+        self.report = {"documents": ENDLESS, "skipped": {}, "first": {}}
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def document(self, index: int, tokenizer: Tokenizer) -> Document:
+        rng = np.random.default_rng((self._seed, index))
+        parts = documents.document(self._texts, lambda piece: tokenizer.encode(piece, bos=False), rng, self._length)
+        tokens = np.array([token for part, _ in parts for token in part], np.int32)
+        return tokens, np.repeat([answer for _, answer in parts], [len(part) for part, _ in parts])
+
+
+class Prose:
+    """Prose from a random sentence's start, `length` tokens."""
+
+    answers = False
+
+    def __init__(self, path: str, length: int, seed: int):
+        self._texts, self._length, self._seed = text.load(path), length, seed
+        self.report = {"documents": ENDLESS, "skipped": {}, "first": {}}
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def document(self, index: int, tokenizer: Tokenizer) -> Document:
+        rng = np.random.default_rng((self._seed, index))
+        chars, tokens = 5 * self._length, []
+        while len(tokens) < self._length:  # text with long tokens, such as runs of white space, needs more characters
+            tokens = tokenizer.encode(text.window(self._texts, rng, chars), special=False)
+            chars *= 2
+        return np.array(tokens[: self._length], np.int32), np.zeros(self._length, bool)
+
+
+KINDS = ("facts", "text", "records")
+
+
+def open_source(name: str, entry: ConfigDict, tokenizer: Tokenizer, length: int, max_chars: int, seed: int) -> Source:
+    """The source that data.sources.`name` describes: {kind, path, weight}.
+
+    kind "facts": synthetic chat over the prose of `path` (as text.load takes it); "text": windows of that prose; "records": see records.py.
+    """
+    if set(entry) != {"kind", "path", "weight"}:
+        raise ValueError(f"data.sources.{name} needs kind, path and weight, not {', '.join(entry)}")
+    if entry.kind == "facts":
+        return Facts(entry.path, length, seed)
+    if entry.kind == "text":
+        return Prose(entry.path, length, seed)
+    if entry.kind == "records":
+        return Records(entry.path, tokenizer, max_chars)
+    raise ValueError(f"data.sources.{name}.kind must be one of {', '.join(KINDS)}, not {entry.kind!r}")
