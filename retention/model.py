@@ -180,13 +180,14 @@ class Decoder(nnx.Module):
         if not config.tie_embeddings:
             self.head = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.embed_dim, config.vocab_size)))
 
-    def __call__(self, tokens, positions, attend: Attend, carry=None, layer_inputs=None, remat=False):
+    def __call__(self, tokens, positions, attend: Attend, carry=None, layer_inputs=None, remat=False, place=lambda x, layer: (x, layer)):
         """Runs all layers.
 
         Args:
           tokens: [B, T] int. positions: [B, T] int, true positions (they set RoPE).
           attend: see `Attend`. carry: its state before the first layer. layer_inputs: pytree of [L, ...] arrays, sliced a layer at a time.
           remat: recompute each layer in the backward pass instead of keeping its activations.
+          place: (x [B, T, E], a layer's parameters) -> both, on entering each layer: where training on many devices says what lies where.
 
         Returns:
           hidden [B, T, E] after the final norm, the last carry, and the layers' y stacked to [L, ...].
@@ -199,10 +200,13 @@ class Decoder(nnx.Module):
 
         def block(state, scanned):
             params, layer_input = scanned
-            x, carry, y = nnx.merge(graph, params)(state[0], cos, sin, attend, state[1], layer_input)
+            x, layer = place(state[0], nnx.to_pure_dict(params))
+            nnx.replace_by_pure_dict(params, layer)
+            x, carry, y = nnx.merge(graph, params)(x, cos, sin, attend, state[1], layer_input)
             return (x, carry), y
 
-        block = jax.checkpoint(block) if remat else block
+        # A scan keeps its iterations apart, so that nothing need be done against common subexpressions.
+        block = jax.checkpoint(block, prevent_cse=False) if remat else block
         (x, carry), ys = jax.lax.scan(block, (self.embed[...][tokens], carry), (stacked, layer_inputs))
         return rms_norm(x, self.norm[...], self.config.norm_eps), carry, ys
 

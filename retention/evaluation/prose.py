@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from retention import programs
 from retention.generation import CHUNK, Rows
 from retention.model import Model, bind
-from retention.training.losses import token_losses
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -38,9 +38,9 @@ def divergence(model: Model, context: Sequence[int], continuation: Sequence[int]
         rows.append([context])
         logits.append(_continuation_logits(rows.plan, model.params, rows.gates, rows.cache, jnp.asarray([continuation[:-1]])))
     full, compressed = logits
+    kl = optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(compressed), jax.nn.log_softmax(full))
     labels = jnp.asarray([continuation[1:]])
-    kl, loss = token_losses(compressed, full, labels)
-    _, full_loss = token_losses(full, full, labels)
+    loss, full_loss = (optax.losses.softmax_cross_entropy_with_integer_labels(one, labels) for one in (compressed, full))
     return float(kl.mean()), float(loss.mean()), float(full_loss.mean())
 
 

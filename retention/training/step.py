@@ -1,15 +1,23 @@
-"""One gate-training step: frozen teacher and student share one copy of the weights; only the gates learn."""
+"""One gate-training step, on any mesh: frozen teacher and student share one copy of the weights; only the gates learn.
 
+make_step's result is a pure function: jit it, with the state donated, in whatever loop there is.
+"""
+
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+from pallas_kernels.retention_attention.reference import last_of_document
 from retention import gates as gates_lib
 from retention.attention import retention_attention
-from retention.model import Config, bind, plain_attend
-from retention.training.losses import capacity_loss, masked_mean, token_losses
+from retention.model import Config, bind
+from retention.training import sharding
+from retention.training.losses import capacity_loss, masked_mean, weighted_losses
 
 
 class TrainState(NamedTuple):
@@ -47,73 +55,174 @@ def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainSt
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def gate_input_rms(config: Config, params: dict, tokens: jax.Array) -> jax.Array:
-    """[L] float32: root mean square of each layer's gate input over tokens [B,T], for `gates.init`."""
+def attention_over(mesh: Mesh):
+    """retention_attention(q, k, v, log_beta, segment_ids) on global arrays: rows, heads and tokens split as the mesh says.
 
-    def attend(carry, layer_input, q, k, v, h):
-        return carry, retention_attention(q, k, v)[0], jnp.sqrt(jnp.mean(jnp.square(h.astype(jnp.float32))))
+    With a context axis of n devices the tokens are those of `dealt`. Each device gathers keys, values, log beta and documents of its rows, and runs its two
+    slices of queries against all; its part in their gradients goes back as a reduce-scatter.
+    """
+    n = mesh.shape["context"]
 
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return bind(config, params)(tokens, positions, attend)[2]
+    def gathered(x):
+        """[b, 2c, ...] dealt -> [b, T, ...] in time's order"""
+        pieces = jax.lax.all_gather(x, "context", axis=1).reshape(x.shape[0], n, 2, -1, *x.shape[2:])
+        return jnp.concatenate([pieces[:, :, 0], pieces[:, ::-1, 1]], axis=1).reshape(x.shape[0], -1, *x.shape[2:])
+
+    def local(q, k, v, log_beta, segment_ids):
+        if n == 1:
+            return retention_attention(q, k, v, log_beta, segment_ids)
+        everything = jax.tree.map(gathered, (k, v, log_beta, segment_ids))
+        size, index = q.shape[1] // 2, jax.lax.axis_index("context")
+        early = retention_attention(q[:, :size], *everything, start=index * size)
+        late = retention_attention(q[:, size:], *everything, start=(2 * n - 1 - index) * size)
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), early, late)
+
+    heads = P(*sharding.BATCH, "tensor")
+    specs = (heads, heads, heads, heads, sharding.BATCH)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(heads, heads), check_vma=False)
 
 
-def make_step(config: Config, gate: gates_lib.GateConfig, optimizer: optax.GradientTransformation, loss):
+def dealt(mesh: Mesh, x: jax.Array) -> jax.Array:
+    """x [B,T] in time's order -> its tokens as the devices of the context axis have them, piece i and piece 2n-1-i of 2n on device i.
+
+    Causal attention costs in proportion to the position, so that each has the same to do.
+    """
+    n = mesh.shape["context"]
+    if n > 1:
+        pieces = x.reshape(x.shape[0], 2 * n, -1)
+        x = pieces[:, jnp.array([piece for i in range(n) for piece in (i, 2 * n - 1 - i)])].reshape(x.shape)
+    return sharding.by_token(mesh, x)
+
+
+def _run(config: Config, mesh: Mesh, params: dict, batch: dict, y, log_beta=None, layers=None, remat=False):
+    """Hidden states [B,T,E] of a dealt batch, and y(h, log_beta, mass) of each layer. log_beta: of (the layer's slice of `layers`, h); None: full cache."""
+    attention = attention_over(mesh)
+
+    def place(x, layer):
+        return sharding.by_token(mesh, x), sharding.used(mesh, layer)
+
+    def attend(carry, layer, q, k, v, h):
+        beta = None if log_beta is None else log_beta(layer, h)
+        out, mass = attention(q, k, v, beta, batch["segment_ids"])
+        return carry, out, y(h, beta, mass)
+
+    hidden, _, ys = bind(config, params)(batch["tokens"], batch["positions"], attend, layer_inputs=layers, remat=remat, place=place)
+    return sharding.by_token(mesh, hidden), ys
+
+
+def _gather_outer(mesh: Mesh, params: dict) -> dict:
+    """Embedding, head and last norm gathered for use; the layers' weights are, each when it runs."""
+    return sharding.used(mesh, {name: leaf for name, leaf in params.items() if name != "layers"}) | {"layers": params["layers"]}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def gate_input_rms(config: Config, mesh: Mesh, params: dict, batch: dict) -> jax.Array:
+    """[L] float32: root mean square of each layer's gate input over the tokens of a batch, for `gates.init`."""
+    batch = {name: dealt(mesh, batch[name]) for name in ("tokens", "positions", "segment_ids")}
+    inside = batch["segment_ids"][..., None] > 0
+
+    def rms(h, log_beta, mass):
+        return jnp.sqrt(masked_mean(jnp.square(h.astype(jnp.float32)), jnp.broadcast_to(inside, h.shape)))
+
+    return _run(config, mesh, _gather_outer(mesh, params), batch, rms)[1]
+
+
+def kept_share(log_beta: jax.Array, distance: jax.Array, inside: jax.Array, count: jax.Array) -> jax.Array:
+    """[L,H] float32: the share of each stream's tokens among the `count` entries that rank highest, over all streams, at the end of their documents.
+
+    log_beta: [L,B,T,H]. distance: [B,T], from a token to the one that follows its document. inside: [B,T] bool, what counts. Ties all stay.
+    """
+    inside = inside[..., None]
+    # The bits of a float32 >= 0 order as integers do: the count-th largest score is found a bit at a time, by counting.
+    bits = jax.lax.bitcast_convert_type(jnp.abs(distance[..., None] * log_beta), jnp.int32)
+
+    def narrow(i, limit):
+        """limit: the largest known below which fewer than `count` entries lie."""
+        higher = limit | (1 << (30 - i))
+        return jnp.where(jnp.sum(inside & (bits < higher)) < count, higher, limit)
+
+    limit = jax.lax.fori_loop(0, 31, narrow, jnp.int32(0))
+    return jnp.sum(inside & (bits <= limit), axis=(1, 2)) / jnp.maximum(jnp.sum(inside), 1)
+
+
+def make_step(config: Config, gate: gates_lib.GateConfig, optimizer: optax.GradientTransformation, loss, mesh: Mesh):
     """Builds step(state, params, batch, key) -> (state, measurements), to be jitted with `state` donated.
 
     Args:
-      loss: config section with budget_low and budget_high (M / document length is drawn between them, log-uniformly, once a batch), capacity_every
-        (the capacity is taken at every n-th position, from a random offset), kl, ntp, other_kl, capacity (weights), remat.
+      loss: config section with budget_low and budget_high (M is drawn between them, log-uniformly, once a batch: tokens if budget_high is above 1, else
+        shares of the batch's mean document length), kl, ntp, other_kl, capacity (weights), remat.
+      mesh: of sharding.make_mesh. state lies as sharding.state_sharding says, params as params_sharding, batch as BATCH.
 
-    The batch is `retention.training.data`'s: tokens [B,T], length [B], targets [B,K] (positions whose next token is compared), answer, valid [B,K].
-    Loss = KL(answers) + NTP(answers) + KL(other tokens) + capacity, each a mean of its own, so that the few answer tokens are not drowned.
+    batch: [B,T] arrays as retention.training.data makes them: tokens, labels, segment_ids, positions, answer, other.
+    Loss = KL(answers) + NTP(answers) + KL(other tokens) + capacity, each a weighted mean of its own, so that few answer tokens are not drowned.
+    A batch in which nothing is labelled changes no gate: capacity alone would only teach to forget. Its measurements `answers` and `others` are 0.
+
+    measurements: float32 scalars; loss and its parts, budget (M), retained_share (mean of S_t / (p_t+1)), gradient_norm, and the counts answers, others,
+    documents, tokens; retained_by_layer [L]; kept_share [L,H], the share of each stream's tokens that the budget keeps at the documents' ends.
     """
 
     def loss_fn(gate_params, params, batch, key):
-        decoder = bind(config, params)
-        tokens, targets = batch["tokens"], batch["targets"]
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        offset_key, budget_key = jax.random.split(key)
+        # How far each document's end is, while the tokens still are in time's order.
+        distance = last_of_document(batch["segment_ids"], batch["tokens"].shape) - jnp.arange(batch["tokens"].shape[1]) + 1
+        distance = dealt(mesh, distance)
+        batch = {name: dealt(mesh, x) for name, x in batch.items()}
+        params = _gather_outer(mesh, params)
+        inside, positions = batch["segment_ids"] > 0, batch["positions"]
+        tokens, documents = jnp.sum(inside), jnp.sum(inside & (positions == 0))
         log_low, log_high = jnp.log(loss.budget_low), jnp.log(loss.budget_high)
-        budget = jnp.exp(jax.random.uniform(budget_key, (), minval=log_low, maxval=log_high)) * batch["length"].mean()
-        times = jnp.arange(0, tokens.shape[1], loss.capacity_every) + jax.random.randint(offset_key, (), 0, loss.capacity_every)
+        budget = jnp.exp(jax.random.uniform(key, (), minval=log_low, maxval=log_high))
+        if loss.budget_high <= 1:
+            budget *= tokens / jnp.maximum(documents, 1)
 
-        def gated_attend(carry, layer, q, k, v, h):
-            log_beta = gates_lib.log_beta(layer, h, config.kv_heads)
+        def log_beta(layer, h):
             # Sinks that inference will protect are kept here too, so that the student is the model that will be used.
-            log_beta = jnp.where(positions[..., None] < gate.sinks, 0.0, log_beta)
-            out, mass = retention_attention(q, k, v, log_beta)
-            # [B, H, N]
-            return carry, out, jnp.moveaxis(mass, 1, 2)[:, :, jnp.minimum(times, tokens.shape[1] - 1)]
+            return jnp.where(positions[..., None] < gate.sinks, 0.0, gates_lib.log_beta(layer, h, config.kv_heads))
 
-        def at_targets(hidden):
-            return decoder.logits(jnp.take_along_axis(hidden, targets[..., None], axis=1))
-
-        teacher = jax.lax.stop_gradient(at_targets(decoder(tokens, positions, plain_attend)[0]))
+        teacher = jax.lax.stop_gradient(_run(config, mesh, params, batch, lambda h, log_beta, mass: None)[0])
         layers = gates_lib.per_layer(gate_params, config, gate)
-        # mass [L, B, H, N]
-        hidden, _, mass = decoder(tokens, positions, gated_attend, layer_inputs=layers, remat=loss.remat)
-        labels = jnp.take_along_axis(tokens, targets + 1, axis=1)
-        divergence, cross_entropy = token_losses(at_targets(hidden), teacher, labels)
-        answer, other = batch["answer"] & batch["valid"], ~batch["answer"] & batch["valid"]
-        # [B, S, N]
-        streams = jnp.moveaxis(mass, 0, 1).reshape(tokens.shape[0], config.streams, -1)
+        # log_beta, mass [L, B, T, H]
+        hidden, (log_beta, mass) = _run(config, mesh, params, batch, lambda h, log_beta, mass: (log_beta, mass), log_beta, layers, loss.remat)
+        answer, other = batch["answer"], batch["other"]
+        answers, others = jnp.sum(answer), jnp.sum(other)
+        per_answer, per_other = answer / jnp.maximum(answers, 1.0), other / jnp.maximum(others, 1.0)
+        quality, (divergence, cross_entropy) = weighted_losses(
+            mesh,
+            config.tie_embeddings,
+            hidden,
+            teacher,
+            params["embed" if config.tie_embeddings else "head"],
+            batch["labels"],
+            loss.kl * per_answer + loss.other_kl * per_other,
+            loss.ntp * per_answer,
+        )
         # Global gates compete in one pool of all streams, local ones each in its own.
-        pools = streams[:, None] if gate.kind == "global" else streams[:, :, None]
-        parts = {
+        capacity = capacity_loss(mass, positions, inside, budget, one_pool=gate.kind == "global")
+        total = jnp.where(answers + others > 0, quality + loss.capacity * capacity, 0.0)
+        by_layer = jnp.sum(jnp.where(inside[..., None], mass / (positions + 1)[..., None], 0.0), axis=(1, 2, 3)) / jnp.maximum(tokens * config.kv_heads, 1)
+        kept = kept_share(jax.lax.stop_gradient(log_beta), distance, inside, budget * documents * config.streams)
+        return total, {
+            "loss": total,
             "kl": masked_mean(divergence, answer),
             "ntp": masked_mean(cross_entropy, answer),
             "other_kl": masked_mean(divergence, other),
-            "capacity": capacity_loss(pools, times, batch["length"], budget),
+            "capacity": capacity,
+            "budget": budget,
+            "retained_share": by_layer.mean(),
+            "answers": answers,
+            "others": others,
+            "documents": documents,
+            "tokens": tokens,
+            "retained_by_layer": by_layer,
+            "kept_share": kept,
         }
-        total = sum(loss[name] * value for name, value in parts.items())
-        inside = times < batch["length"][:, None, None]
-        share = masked_mean(streams / (times + 1), inside & jnp.ones_like(streams, bool))
-        return total, {"loss": total, **parts, "budget": budget, "retained_share": share}
 
     def step(state: TrainState, params: dict, batch: dict, key: jax.Array):
         gradient, measurements = jax.grad(loss_fn, has_aux=True)(state.params, params, batch, jax.random.fold_in(key, state.step))
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        learned = optax.apply_updates(state.params, updates), optimizer_state
+        labelled = measurements["answers"] + measurements["others"] > 0
+        params, optimizer_state = jax.tree.map(lambda new, old: jnp.where(labelled, new, old), learned, (state.params, state.optimizer))
         measurements["gradient_norm"] = optax.tree.norm(gradient)
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state), measurements
+        return TrainState(state.step + 1, params, optimizer_state), jax.tree.map(lambda x: x.astype(jnp.float32), measurements)
 
     return step
