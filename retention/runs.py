@@ -1,36 +1,48 @@
 """The run folder: config.json, metrics.jsonl, run_meta.json, beside the tables, plots and checkpoints that a program writes."""
 
+import contextlib
 import importlib.metadata
 import json
 import pathlib
 import platform
 import subprocess
 import time
+from collections.abc import Collection, Iterator
 
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
+
+from retention.distributed import is_primary
 
 
 class RunFolder:
-    """Opens `workdir` for a run, or goes on with the run that is in it.
+    """Opens `workdir` for a run, or goes on with the run that is in it. Of several processes all read it and the first one writes.
+
+    free: names of entries ("keep_checkpoints"; "mesh" with all below it) that may differ from those the run was started with.
 
     Raises ValueError if the folder holds a run with another config. One that has logged nothing yet does not count, for what failed at the
     start is started again with a corrected config.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, config: ConfigDict):
+    def __init__(self, workdir: str | pathlib.Path, config: ConfigDict, free: Collection[str] = ()):
         self.path = pathlib.Path(workdir).absolute()
-        self.path.mkdir(parents=True, exist_ok=True)
         self._start = time.time()
-        text = json.dumps(config.to_dict(), indent=2)
         file = self.path / "config.json"
-        if not file.exists() or file.read_text() != text:
-            if self.metrics():
-                raise ValueError(f"workdir {self.path} holds a run with another config (config.json); give a new workdir, or that config")
-            file.write_text(text)
-        metrics = self.path / "metrics.jsonl"
-        if metrics.exists() and not metrics.read_text().endswith("\n"):
-            self.keep_metrics(self.metrics())  # the next record would be glued to a last line that a crash has cut off
+        if file.exists() and self.metrics():
+            check_same(json.loads(file.read_text()), config.to_dict(), free, f"workdir {self.path} holds a run with another config (config.json)")
+        multihost_utils.sync_global_devices("the run folder was read")  # before it changes
+        if is_primary():
+            self.path.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(config.to_dict(), indent=2)
+            if not file.exists() or file.read_text() != text:
+                replace_text(file, text)
+            metrics = self.path / "metrics.jsonl"
+            if metrics.exists() and not metrics.read_text().endswith("\n"):
+                self.keep_metrics(self.metrics())  # the next record would be glued to a last line that a crash has cut off
+        multihost_utils.sync_global_devices("the run folder was written")
+        if not file.exists():
+            raise FileNotFoundError(f"process 0 wrote {file}, and this process cannot see it: workdir must be on a file system that all processes share")
 
     def metrics(self) -> list[dict]:
         """The records of metrics.jsonl."""
@@ -40,14 +52,15 @@ class RunFolder:
 
     def keep_metrics(self, records: list[dict]) -> None:
         """Replaces metrics.jsonl, when a resumed run starts before the last record."""
-        kept = self.path / "metrics.jsonl.kept"
-        kept.write_text("".join(json.dumps(record) + "\n" for record in records))
-        kept.replace(self.path / "metrics.jsonl")
+        if is_primary():
+            replace_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
     def log_all(self, records: list[dict]) -> None:
         """Appends records to metrics.jsonl in one write."""
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
+        if is_primary():
+            file = self.path / "metrics.jsonl"
+            with writing(file), open(file, "a") as opened:
+                opened.write("".join(json.dumps(record) + "\n" for record in records))
 
     def log(self, **record) -> None:
         """Appends one record to metrics.jsonl."""
@@ -63,8 +76,47 @@ class RunFolder:
             "seconds": round(time.time() - self._start, 1),
             **facts,
         }
-        (self.path / "run_meta.json").write_text(json.dumps(meta, indent=2))
+        if is_primary():
+            replace_text(self.path / "run_meta.json", json.dumps(meta, indent=2))
         return meta
+
+
+def replace_text(file: pathlib.Path, text: str) -> None:
+    """Writes the file whole or not at all. Raises OSError, see `writing`."""
+    partial = file.with_name(file.name + ".partial")
+    with writing(file):
+        partial.write_text(text)
+        partial.replace(file)
+
+
+@contextlib.contextmanager
+def writing(file: pathlib.Path) -> Iterator[None]:
+    """Around what writes a file of a run: an OSError, such as a full disk, names the file and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{file} cannot be written ({error.strerror}); put that right and start again, and the run goes on") from error
+
+
+def check_same(stored: dict, config: dict, free: Collection[str], what: str) -> None:
+    """Raises ValueError, beginning with `what`, that names each entry in which two configs (nested dicts) differ, but for those that are free."""
+
+    def flat(entries: dict, prefix: str = "") -> dict:
+        named = {prefix + name: value for name, value in entries.items()}
+        return {
+            key: leaf
+            for name, value in named.items()
+            if name not in free
+            for key, leaf in (flat(value, name + ".") if isinstance(value, dict) else {name: value}).items()
+        }
+
+    # As JSON has it: a tuple is read back as a list.
+    before, now = flat(stored), flat(json.loads(json.dumps(config)))
+    missing = "nothing"
+    differing = [name for name in (now | before) if before.get(name, missing) != now.get(name, missing)]
+    if differing:
+        changes = ", ".join(f"{name} is {before.get(name, missing)!r} there and {now.get(name, missing)!r} here" for name in differing)
+        raise ValueError(f"{what}: {changes}; give a new workdir, or that config")
 
 
 def commit() -> str:

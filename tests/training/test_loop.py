@@ -2,10 +2,14 @@
 
 import json
 import os
+import random
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -13,22 +17,48 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
+from jax.experimental.compilation_cache import compilation_cache
+from ml_collections import ConfigDict
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from configs import smollm2_135m
+from configs import qwen3_1_7b, qwen3_4b, qwen3_8b, smollm2_135m
 from retention import checkpoints, gates
+from retention.distributed import gather_json, initialize, local_rows
 from retention.runs import RunFolder
-from retention.training import loop
+from retention.training import loop, plots, sharding
+from retention.training.metrics import CLOCK, step_flops
 from tests.tiny import write_folder
 
 CHANGES = {
     "steps": 10,
     "checkpoint_every": 3,
+    "keep_checkpoints": 3,
     "gate.width": 8,
-    "data.length": 256,
-    "data.targets": 24,
-    "data.batch_size": 2,
     "optimizer.warmup_steps": 2,
 }
+DATA = {
+    "batch_size": 2,
+    "length": 256,
+    "others": 24,
+    "workers": 0,
+    "max_chars": 1_000_000,
+    "packing_bins": 2,
+    "sources": {"facts": {"kind": "facts", "path": "pydoc", "weight": 0.8}, "prose": {"kind": "text", "path": "pydoc", "weight": 0.2}},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """The program is the same again and again, here and in other processes."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0.0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +73,7 @@ def config(folder):
 
 def make_config(folder, **changes):
     config = smollm2_135m.get_config()
+    config.data = ConfigDict(DATA)
     config.update_from_flattened_dict({"model": str(folder), **CHANGES, **changes})
     return config
 
@@ -58,7 +89,7 @@ def whole(folder, tmp_path_factory):
 def metrics(workdir):
     """The records, without what depends on the clock."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name != "tokens_per_second"} for line in lines]
+    return [{name: value for name, value in json.loads(line).items() if name not in CLOCK} for line in lines]
 
 
 def checkpoint_steps(workdir):
@@ -99,17 +130,25 @@ def crash(monkeypatch, config, workdir, at):
 
 
 def test_files_of_a_run(whole, folder, config):
-    assert {path.name for path in whole.iterdir()} == {"config.json", "metrics.jsonl", "run_meta.json", "gates.safetensors", "checkpoints"}
+    written = {"config.json", "data.json", "metrics.jsonl", "run_meta.json", "gates.safetensors", "checkpoints", "tensorboard"}
+    assert {path.name for path in whole.iterdir()} == written
     assert json.loads((whole / "config.json").read_text()) == config.to_dict()
-    assert checkpoint_steps(whole) == [9, 10]  # the last two: every third step, and the end
+    assert json.loads((whole / "data.json").read_text()).keys() == DATA["sources"].keys()
+    assert checkpoint_steps(whole) == [6, 9, 10]  # the last three: every third step, and the end
 
     records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(10))
-    names = {"step", "loss", "kl", "ntp", "other_kl", "capacity", "budget", "retained_share", "gradient_norm", "tokens_per_second"}
-    assert all(record.keys() == names and np.isfinite(list(record.values())).all() for record in records)
-    assert all(record["tokens_per_second"] > 0 for record in records)
+    numbers = {"step", "loss", "kl", "ntp", "other_kl", "capacity", "budget", "retained_share", "gradient_norm", "answers", "others", "documents", "tokens"}
+    numbers |= {"seconds", "tokens_per_second", "model_flops_per_second", "peak_memory_bytes"}
+    for record in records:
+        assert record.keys() == numbers | {"retained_by_layer", "kept_share", "mfu"}
+        assert all(np.isfinite(record[name]) for name in numbers)
+        assert np.shape(record["retained_by_layer"]) == (3,) and np.shape(record["kept_share"]) == (3, 2)
+        assert record["mfu"] is None  # of a CPU the peak is not known
+        assert record["tokens_per_second"] * record["seconds"] == pytest.approx(record["tokens"])
+        assert 2**20 < record["peak_memory_bytes"] < 2**36
     assert len({record["loss"] for record in records}) == 10  # other documents each step
-    assert all(0.03 * 0.9 * 256 < record["budget"] < 0.25 * 256 for record in records)
+    assert all(0.02 * 256 < record["budget"] < 0.25 * 256 for record in records)
 
     meta = json.loads((whole / "run_meta.json").read_text())
     assert meta.keys() == {"commit", "versions", "python", "device", "seconds", "seed", "steps", "first_step"}
@@ -150,32 +189,235 @@ def test_finished_run_is_left_alone(config, whole):
     assert {name: np.asarray(leaf).tobytes() for name, leaf in trained.params.items()} == stored(whole / "gates.safetensors")
 
 
+def start_program(tmp_path, workdir, config, *flags, blocks="unlimited"):
+    """The program as a user starts it, with the config in a file. blocks: no file may grow beyond so many times 512 bytes."""
+    file = tmp_path / f"config_{workdir.name}.py"
+    file.write_text(f"import ml_collections\n\ndef get_config():\n    return ml_collections.ConfigDict({config.to_dict()!r})\n")
+    command = ["sh", "-c", 'ulimit -f "$0"; exec "$@"', str(blocks)]
+    command += [sys.executable, "-m", "experiments.train_gates", f"--config={file}", f"--workdir={workdir}", *flags]
+    cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | cache
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes)
+
+
+def finish(process):
+    """Its status, output and errors; it is killed after two minutes."""
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def records(workdir):
+    file = workdir / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def wait_for(condition, process):
+    deadline = time.time() + 120
+    while not condition() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.002)
+
+
 @pytest.mark.slow
 def test_killed_program_resumes_exactly(folder, tmp_path):
-    """The program itself, killed with SIGKILL at whatever it is doing; checkpoints are frequent, so it may be writing one."""
-    changes = {"steps": 150, "checkpoint_every": 2}
-    flags = {"model": folder, **CHANGES, **changes}
-    workdir = tmp_path / "killed"
-    command = [sys.executable, "-m", "experiments.train_gates", "--config=configs/smollm2_135m.py", f"--workdir={workdir}"]
-    command += [f"--config.{name}={value}" for name, value in flags.items()]
-    for records in (12, 60):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            deadline = time.time() + 240
-            while process.poll() is None and time.time() < deadline:
-                if (workdir / "metrics.jsonl").exists() and (workdir / "metrics.jsonl").read_bytes().count(b"\n") >= records:
-                    os.kill(process.pid, signal.SIGKILL)
-                time.sleep(0.005)
-        finally:
-            process.kill()
-        assert process.wait() == -signal.SIGKILL
+    """The program itself, killed with SIGKILL ten times at whatever it is doing; checkpoints are frequent, so it may be writing one."""
+    config = make_config(folder, steps=140, checkpoint_every=2)
+    workdir, rng = tmp_path / "killed", random.Random(0)
+    firsts = []
+    for _ in range(10):
+        process = start_program(tmp_path, workdir, config)
+        enough = records(workdir) + rng.randrange(1, 14)
+        wait_for(lambda enough=enough: records(workdir) >= enough, process)
+        time.sleep(rng.random() * 0.1)
+        process.kill()
+        status, _, err = finish(process)
+        assert status == -signal.SIGKILL, err
         assert not (workdir / "gates.safetensors").exists()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [f"{workdir}/gates.safetensors"]
-    assert "training gates" in done.stderr and "checkpoint_manager" not in done.stderr  # the progress bar without pages of notes by orbax
-    assert json.loads((workdir / "run_meta.json").read_text())["first_step"] >= 58
-    loop.train(make_config(folder, **changes), tmp_path / "whole")
+        firsts.append(records(workdir))
+    assert firsts == sorted(firsts)  # a run that began again would have fewer
+    status, out, err = finish(start_program(tmp_path, workdir, config))
+    assert status == 0 and f"{workdir}/gates.safetensors" in out.split()
+    assert "training gates" in err and "checkpoint_manager" not in err  # the progress bar without pages of notes by orbax
+    assert json.loads((workdir / "run_meta.json").read_text())["first_step"] >= firsts[-1] - 4
+    loop.train(config, tmp_path / "whole")
     assert_same_end(workdir, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_program_stopped_by_sigterm_resumes_exactly(folder, tmp_path):
+    config = make_config(folder, steps=60, checkpoint_every=50)
+    workdir = tmp_path / "stopped"
+    process = start_program(tmp_path, workdir, config)
+    wait_for(lambda: records(workdir) >= 5, process)
+    seen = records(workdir)
+    process.send_signal(signal.SIGTERM)
+    status, _, err = finish(process)
+    (done,) = checkpoint_steps(workdir)
+    assert status == 143 and f"SIGTERM: stopped after {done} steps; start the same command again" in err
+    assert "Traceback" not in err
+    assert records(workdir) == done <= seen + 4  # one step in flight, one begun, and those between the look and the signal
+    assert finish(start_program(tmp_path, workdir, config))[0] == 0
+    assert json.loads((workdir / "run_meta.json").read_text())["first_step"] == done
+    loop.train(config, tmp_path / "whole")
+    assert metrics(workdir) == metrics(tmp_path / "whole")
+    assert stored(workdir / "gates.safetensors") == stored(tmp_path / "whole" / "gates.safetensors")
+
+
+def test_sigterm_leaves_a_checkpoint_within_one_step(monkeypatch, config, whole, tmp_path):
+    log = RunFolder.log
+
+    def terminated(self, **record):
+        log(self, **record)
+        if record["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patched, pytest.raises(loop.Preempted, match="SIGTERM: stopped after 5 steps; .* goes on from .*checkpoints/5$"):
+        patched.setattr(RunFolder, "log", terminated)
+        loop.train(config, tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert checkpoint_steps(tmp_path) == [3, 5] and len(metrics(tmp_path)) == 5
+    loop.train(config, tmp_path)
+    assert metrics(tmp_path) == metrics(whole)
+
+
+def test_training_in_another_thread(config, whole, tmp_path):
+    """There Python lets no signal handler be set."""
+    thread = threading.Thread(target=loop.train, args=(config, tmp_path))
+    thread.start()
+    thread.join()
+    assert_same_end(tmp_path, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["math", "instruct"])
+def test_published_configs_train(folder, tmp_path, data):
+    """That of Qwen3-4B with a tiny model, short rows and few steps trains on chat records and books; the others are the same but for model and batch."""
+    chat, books = tmp_path / "chat.jsonl", tmp_path / "book.txt"
+    turns = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is 4."}]
+    chat.write_text("".join(json.dumps({"messages": turns * n}) + "\n" for n in range(1, 6)))
+    books.write_text("It was a dark and stormy night. " * 50)
+    config = qwen3_4b.get_config(data)
+    for name, source in config.data.sources.items():
+        source.path = str(books if name == "books" else chat)
+    config.update_from_flattened_dict({"model": str(folder), "data.length": 64, "data.batch_size": 2, "mesh.context": 1, "gate.width": 8})
+    config.update_from_flattened_dict({"steps": 3, "optimizer.warmup_steps": 1, "data.workers": 0})
+    loop.train(config, tmp_path / "run")
+    found = metrics(tmp_path / "run")
+    assert [record["budget"] for record in found] == [pytest.approx(128 if data == "math" else 512)] * 3
+    assert sum(record["answers"] for record in found) > 0 and (sum(record["others"] for record in found) > 0) == (data == "instruct")
+    for other in (qwen3_1_7b.get_config(data), qwen3_8b.get_config(data)):
+        other.model, other.data.batch_size = qwen3_4b.get_config(data).model, qwen3_4b.get_config(data).data.batch_size
+        assert other.to_dict() == qwen3_4b.get_config(data).to_dict()
+
+
+def test_no_room_for_a_checkpoint(monkeypatch, folder, tmp_path):
+    """No file may grow to half the largest of a checkpoint, which is that of the gates: wide enough that no other file of the run comes near."""
+    workdir, config = tmp_path / "run", make_config(folder, **{"gate.width": 64})
+    crash(monkeypatch, config, workdir, 5)
+    largest = max(file.stat().st_size for file in (workdir / "checkpoints" / "3").rglob("*"))
+    status, _, err = finish(start_program(tmp_path, workdir, config, blocks=largest // 2 // 512))
+    assert status == 1 and err.splitlines()[-1] == (
+        f"OSError: the checkpoint {workdir}/checkpoints/6 cannot be written (File too large); put that right and start again, and the run goes on from"
+        f" {workdir}/checkpoints/3"
+    )
+    loop.train(config, workdir)
+    assert checkpoint_steps(workdir) == [6, 9, 10] and [record["step"] for record in metrics(workdir)] == list(range(10))
+
+
+@pytest.mark.parametrize("name", ["config.json", "data.json", "metrics.jsonl", "gates.safetensors"])
+def test_no_room_for_another_file(config, tmp_path, name):
+    (tmp_path / f"{name}.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=rf"{tmp_path / name} cannot be written \(No space left on device\); put that right and start again"):
+        loop.train(config, tmp_path)
+
+
+def test_no_room_for_a_record(config, tmp_path):
+    run = RunFolder(tmp_path, config)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"metrics.jsonl cannot be written \(No space left on device\); put that right and start again"):
+        run.log(step=0)
+
+
+@pytest.mark.slow
+def test_full_disk(folder, tmp_path):
+    """A file system of 700 KB that holds two checkpoints and a half."""
+    disk = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]
+    mounted = tmp_path / "disk"
+    mounted.mkdir()
+    mount = f"mount -t tmpfs -o size=700k tmpfs {mounted}"
+    if subprocess.run([*disk, mount], capture_output=True).returncode:
+        pytest.skip("a user may not mount a file system here")
+    config = make_config(folder, **{"gate.width": 64})
+    file = tmp_path / "config.py"
+    file.write_text(f"import ml_collections\n\ndef get_config():\n    return ml_collections.ConfigDict({config.to_dict()!r})\n")
+    train = f"{sys.executable} -m experiments.train_gates --config={file} --workdir={mounted}/run"
+    script = f"{mount}; ! {train} 2> {tmp_path}/err; cp -r {mounted}/run {tmp_path}/full"
+    script += f"; mount -o remount,size=9m {mounted}; {train}; cp -r {mounted}/run {tmp_path}/finished"
+    subprocess.run([*disk, script], check=True, capture_output=True, timeout=120)
+    assert [line for line in (tmp_path / "err").read_text().splitlines() if line.startswith("OSError")] == [
+        f"OSError: the checkpoint {mounted}/run/checkpoints/9 cannot be written (No space left on device); put that right and start again, and the run goes"
+        f" on from {mounted}/run/checkpoints/6"
+    ]
+    assert {"3", "6"} <= {path.name for path in (tmp_path / "full" / "checkpoints").iterdir()}
+    loop.train(config, tmp_path / "whole")
+    assert_same_end(tmp_path / "finished", tmp_path / "whole")
+
+
+def start_two(tmp_path, workdir, config):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = ["--distributed", f"--coordinator_address=localhost:{port}", "--num_processes=2"]
+    return [start_program(tmp_path, workdir, config, *flags, f"--process_id={i}") for i in range(2)]
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(folder, tmp_path):
+    """Two processes, one of them told to stop; two go on from there to the end, and so does one."""
+    changes = {"steps": 24, "checkpoint_every": 50, "gate.bias": 2.0}
+    loop.train(make_config(folder, **changes), tmp_path / "whole")
+    workdir, config = tmp_path / "two", make_config(folder, **changes, **{"mesh.data": 2})
+    pair = start_two(tmp_path, workdir, config)
+    wait_for(lambda: records(workdir) >= 3, pair[0])
+    pair[1].send_signal(signal.SIGTERM)
+    for status, _, err in map(finish, pair):
+        assert status == 143 and "SIGTERM: stopped after" in err, err
+    (done,) = checkpoint_steps(workdir)
+    assert records(workdir) == done < 24
+    shutil.copytree(workdir, tmp_path / "one")
+    for status, _, err in map(finish, start_two(tmp_path, workdir, config)):
+        assert status == 0, err
+    assert json.loads((workdir / "run_meta.json").read_text())["first_step"] == done
+    assert len(list((workdir / "tensorboard").iterdir())) == 2  # of process 0 alone, for each start
+    loop.train(make_config(folder, **changes), tmp_path / "one")
+    wanted = metrics(tmp_path / "whole")
+    for found in (metrics(workdir), metrics(tmp_path / "one")):
+        assert len(found) == 24
+        for a, b in zip(found, wanted, strict=True):
+            for name in a.keys() - {"kept_share"}:
+                np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=1e-6 if "kl" in name else 0, err_msg=f"{name} at step {a['step']}")
+            np.testing.assert_allclose(a["kept_share"], b["kept_share"], atol=5e-3)  # ranks of almost equal entries may change places
+    for file in (workdir, tmp_path / "one"):
+        a, b = (checkpoints.load(folder, gates=one / "gates.safetensors").gates.params for one in (file, tmp_path / "whole"))
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5), a, b)
+
+
+def test_processes_are_given_whole_or_not_at_all():
+    with pytest.raises(ValueError, match="^give coordinator_address, num_processes and process_id all three, or none"):
+        initialize("localhost:1234", 2)
+
+
+def test_gather_json_of_one_process():
+    assert gather_json({"3": {"ü": [1, None]}}) == [{"3": {"ü": [1, None]}}]
+
+
+def test_local_rows_of_all_devices():
+    mesh = sharding.make_mesh({})
+    assert local_rows(jax.sharding.NamedSharding(mesh, sharding.BATCH), (4, 8)) == [0, 1, 2, 3]
 
 
 def test_damaged_checkpoint(monkeypatch, config, whole, tmp_path):
@@ -201,14 +443,44 @@ def test_checkpoint_without_the_place_in_the_data(monkeypatch, config, tmp_path)
 
 def test_another_config_is_refused(folder, whole):
     before = (whole / "config.json").read_text()
-    with pytest.raises(ValueError, match=f"^workdir {whole} holds a run with another config .*; give a new workdir, or that config$"):
-        loop.train(make_config(folder, seed=1), whole)
+    with pytest.raises(ValueError, match=f"^workdir {whole} holds a run with another config .*") as refused:
+        loop.train(make_config(folder, seed=1, **{"gate.width": 16}), whole)
+    assert str(refused.value).endswith(": gate.width is 8 there and 16 here, seed is 0 there and 1 here; give a new workdir, or that config")
     assert (whole / "config.json").read_text() == before
 
 
+def test_checkpoint_of_another_config_or_model(monkeypatch, config, whole, tmp_path):
+    """The folder of a run, but its checkpoints are another run's."""
+    crash(monkeypatch, config, tmp_path / "run", 7)
+    (tmp_path / "run" / "config.json").unlink()
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"^the checkpoint .*checkpoints/6 is of another config: gate.width is 8 there and 16 here; give"):
+        loop.train(make_config(config.model, **{"gate.width": 16}), tmp_path / "run")
+    stored = json.loads((tmp_path / "run" / "checkpoints" / "6" / "config" / "metadata").read_text())
+    stored["gate"]["width"] = 16
+    (tmp_path / "run" / "checkpoints" / "6" / "config" / "metadata").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"^the checkpoint .*checkpoints/6 is of other gates: b1 is \(3, 8\), this run needs \(3, 16\); give a new workdir"):
+        loop.train(make_config(config.model, **{"gate.width": 16}), tmp_path / "run")
+    assert checkpoint_steps(tmp_path / "run") == [3, 6]
+
+
+def test_run_goes_on_with_other_free_entries(monkeypatch, folder, config, whole, tmp_path):
+    crash(monkeypatch, config, tmp_path, 7)
+    changed = make_config(folder, keep_checkpoints=1, checkpoint_every=5, **{"mesh.data": -1})
+    loop.train(changed, tmp_path)
+    assert metrics(tmp_path) == metrics(whole)
+    assert stored(tmp_path / "gates.safetensors") == stored(whole / "gates.safetensors")
+    assert checkpoint_steps(tmp_path) == [10]
+    assert json.loads((tmp_path / "config.json").read_text()) == changed.to_dict()
+
+
 def test_what_failed_at_the_start_may_be_corrected(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no text file matches source '/nowhere"):
-        loop.train(make_config(folder, **{"data.text": "/nowhere/*.txt"}), tmp_path)
+    with pytest.raises(FileNotFoundError, match="/nowhere"):
+        loop.train(make_config(folder, **{"data.sources.prose.path": "/nowhere/*.txt"}), tmp_path)
+    with pytest.raises(ValueError, match="mesh .*data=3.* does not fit 1 devices"):
+        loop.train(make_config(folder, **{"mesh.data": 3}), tmp_path)
+    with pytest.raises(ValueError, match="keep_checkpoints must be at least 1, not 0"):
+        loop.train(make_config(folder, keep_checkpoints=0), tmp_path)
     with pytest.raises(FileNotFoundError, match="no model '/nowhere'"):
         loop.train(make_config("/nowhere"), tmp_path)
     with pytest.raises(ValueError, match="gate kind must be"):
@@ -219,19 +491,19 @@ def test_what_failed_at_the_start_may_be_corrected(folder, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == len(metrics(tmp_path)) == 3
 
 
-@pytest.mark.parametrize("name", ["loss", "gradient_norm"])
-def test_nan_stops_the_run(monkeypatch, config, tmp_path, name):
+@pytest.mark.parametrize("name,at", [("loss", 4), ("gradient_norm", 5)], ids=["between checkpoints", "just before one"])
+def test_nan_stops_the_run(monkeypatch, config, tmp_path, name, at):
     def broken(*args):
         def step(state, params, batch, key):
-            numbers = dict.fromkeys(("loss", "kl", "retained_share", "gradient_norm"), 1.0)
-            return state._replace(step=state.step + 1), numbers | {name: jnp.where(state.step == 4, jnp.nan, 1.0)}
+            numbers = dict.fromkeys(("loss", "kl", "retained_share", "gradient_norm", "tokens", "answers", "others"), jnp.ones(()))
+            return state._replace(step=state.step + 1), numbers | {name: jnp.where(state.step == at, jnp.nan, 1.0)}
 
         return step
 
     monkeypatch.setattr(loop, "make_step", broken)
-    with pytest.raises(FloatingPointError, match="^at step 4 the loss is .*nan"):
+    with pytest.raises(FloatingPointError, match=f"^at step {at} the loss is .*nan"):
         loop.train(config, tmp_path)
-    assert [record["step"] for record in metrics(tmp_path)] == [0, 1, 2, 3]
+    assert [record["step"] for record in metrics(tmp_path)] == list(range(at))
     assert checkpoint_steps(tmp_path) == [3] and not (tmp_path / "gates.safetensors").exists()
 
 
@@ -261,3 +533,52 @@ def test_run_folder_drops_a_line_cut_off(config, tmp_path):
     again = RunFolder(tmp_path, config)
     again.log(step=2)
     assert again.metrics() == [{"step": 0}, {"step": 1}, {"step": 2}]
+
+
+def events(workdir):
+    """TensorBoard's events of a run, with what a later start withdrew taken out."""
+    kept = []
+    for file in sorted((workdir / "tensorboard").iterdir(), key=lambda file: file.stat().st_mtime_ns):
+        data = file.read_bytes()
+        while data:
+            (size,) = struct.unpack("Q", data[:8])
+            event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+            if event.session_log.status == SessionLog.START:
+                kept = [earlier for earlier in kept if earlier.step < event.step]
+            elif event.HasField("summary"):
+                kept.append(event)
+    return kept
+
+
+def test_tensorboard_has_the_records(monkeypatch, config, tmp_path):
+    crash(monkeypatch, config, tmp_path, 7)
+    loop.train(config, tmp_path)
+    found = events(tmp_path)
+    wanted = metrics(tmp_path)
+    assert [event.step for event in found] == [record["step"] for record in wanted]
+    for event, record in zip(found, wanted, strict=True):
+        values = {value.tag: value.simple_value for value in event.summary.value}
+        assert "kept_share" in values and values["loss"] == pytest.approx(record["loss"])
+        assert [values[f"retained_by_layer/0{layer}"] for layer in range(3)] == pytest.approx(record["retained_by_layer"])
+
+
+@pytest.mark.parametrize("kind", ["global", "local"])
+def test_step_flops_count_the_weights(folder, kind):
+    """P and G of the formula are the sizes of the matrices there are."""
+    model = checkpoints.load(folder, gates=None)
+    gate = gates.GateConfig(kind, width=8)
+    weights = sum(leaf.size for leaf in model.params["layers"].values() if leaf.ndim == 3)
+    trunk = sum(leaf.size for name, leaf in gates.init(model.config, gate).items() if name in ("w1", "w2") or kind == "local" and name == "readout")
+    if kind == "global":  # its one readout runs in each layer
+        trunk += 3 * 8 * 2
+    assert step_flops(model.config, gate, False, 1, 0, 0) == 3 * 2 * weights + 3 * 2 * trunk
+    assert step_flops(model.config, gate, True, 1, 0, 0) == 4 * 2 * weights + 4 * 2 * trunk
+    # 3 layers of 4 heads of 8; scores and values; teacher, student, again, and backward twice
+    assert step_flops(model.config, gate, True, 0, 10, 0) == 5 * 3 * (4 * 8) * 2 * 2 * 10
+    assert step_flops(model.config, gate, True, 0, 0, 7) == 3 * 2 * model.params["embed"].size * 7
+
+
+def test_plots(whole, tmp_path):
+    written = plots.plot_run(RunFolder(whole, ConfigDict(json.loads((whole / "config.json").read_text()))).metrics(), tmp_path)
+    assert [path.name for path in written] == ["loss.png", "retained.png", "kept_share.png", "speed.png"]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 10_000 for path in written)
