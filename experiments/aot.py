@@ -1,10 +1,13 @@
-"""Compiles every kernel at real sizes for chips that this machine does not have, and tables what they need: python -m experiments.aot --workdir=runs/aot.
+"""Compiles for chips that this machine does not have, and tables what is needed of them: python -m experiments.aot --suite=training --workdir=runs/aot.
 
-VMEM is what the TPU compiler says the kernel uses (a GPU's shared memory is checked by its compiler, which does not report it); temp is the HBM that the
-program needs beside its arguments and results. Needs the extra `aot`; `make aot` sets that up.
+kernels: every kernel at real sizes. VMEM is what the TPU compiler says the kernel uses (a GPU's shared memory is checked by its compiler, which does not
+report it); temp is the HBM that the program needs beside its arguments and results. training: whole steps of configs/qwen3_4b.py on meshes of up to 512
+chips, with the HBM of one chip and what the chips exchange. Needs the extra `aot`; `make aot` sets that up.
 """
 
 import csv
+import functools
+import math
 import pathlib
 import sys
 import time
@@ -12,45 +15,92 @@ import time
 from absl import app, flags
 from tqdm import tqdm
 
+from configs import qwen3_4b
 from pallas_kernels import aot, operations
+from retention.training import compiled
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The folder for kernels.csv.", required=True)
-OPERATIONS = flags.DEFINE_list("operations", list(operations.NAMES), "Which operations.")
-TARGETS = flags.DEFINE_list("targets", list(aot.TARGETS), "Which chips.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder for kernels.csv or training.csv.", required=True)
+SUITE = flags.DEFINE_enum("suite", "kernels", ["kernels", "training"], "What to compile.")
+OPERATIONS = flags.DEFINE_list("operations", list(operations.NAMES), "Which operations, of the kernels.")
+TARGETS = flags.DEFINE_list("targets", list(aot.TARGETS), "Which chips, for the kernels.")
+STEPS = flags.DEFINE_list("steps", [step.label for step in compiled.STEPS], "Which training steps.")
+
+# What names a program of each suite, and what is measured of it.
+COLUMNS = {
+    "kernels": (("operation", "shape", "target"), ("vmem_bytes", "temp_bytes", "alias_bytes")),
+    "training": (
+        ("model", "topology", "chips", "mesh", "tokens"),
+        ("arguments_bytes", "temp_bytes", "total_bytes", "hbm_bytes", "largest_array", "collectives"),
+    ),
+}
 
 
 def main(_):
-    for target in TARGETS.value:
-        if reason := aot.missing(target):
-            sys.exit(reason)
-    programs = [program for name in OPERATIONS.value for program in operations.programs(name)]
+    names, measures = COLUMNS[SUITE.value]
+    programs = list(kernels() if SUITE.value == "kernels" else training())
     path = pathlib.Path(WORKDIR.value)
     path.mkdir(parents=True, exist_ok=True)
-    compiled = failed = 0
-    with open(path / "kernels.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ("operation", "shape", "target", "vmem_bytes", "temp_bytes", "alias_bytes", "seconds", "error"))
+    failed = 0
+    with open(path / f"{SUITE.value}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, (*names, *measures, "seconds", "error"), extrasaction="ignore")
         writer.writeheader()
-        for program in tqdm(programs, desc="compiling", unit="program"):
-            for target in TARGETS.value:
-                if not operations.fits(program, target):
-                    tqdm.write(f"{program.operation:20} {program.label:44} {target:6} its arguments do not fit one device")
-                    continue
-                start = time.perf_counter()
-                try:
-                    row = operations.compile_program(program, target)
-                    compiled += 1
-                    del row["hlo"]
-                    measured = f"VMEM {row['vmem_bytes'] / 2**20:6.1f} MiB  temp {row['temp_bytes'] / 2**20:8.2f} MiB"
-                except Exception as error:  # a compiler's refusal is a result here
-                    measured = " ".join(str(error).split())[:200]
-                    row = {"error": measured}
-                    failed += 1
-                row |= {"operation": program.operation, "shape": program.label, "target": target, "seconds": round(time.perf_counter() - start, 1)}
-                writer.writerow(row)
-                file.flush()
-                tqdm.write(f"{program.operation:20} {program.label:44} {target:6} {measured}")
-    print(f"{compiled} compile, {failed} do not")
+        for name, measure in tqdm(programs, desc="compiling", unit="program"):
+            row, start = dict(zip(names, name, strict=True)), time.perf_counter()
+            try:
+                row |= measure()
+            except Exception as error:  # a compiler's refusal is a result here
+                row["error"] = " ".join(str(error).split())[:200]
+            row["seconds"] = round(time.perf_counter() - start, 1)
+            writer.writerow(row)
+            file.flush()
+            failed += "error" in row
+            tqdm.write("  ".join([*map(str, name), *(readable(column, row[column]) for column in (*measures, "error") if column in row)]))
+    print(f"{len(programs) - failed} compile and fit, {failed} do not")
     sys.exit(failed > 0)
+
+
+def readable(column: str, value) -> str:
+    return f"{column.removesuffix('_bytes')} {value / 2**20:,.1f} MiB" if column.endswith("_bytes") else f"{column} {value}"
+
+
+def require_compilers(targets) -> None:
+    for target in targets:
+        if reason := aot.missing(target):
+            sys.exit(reason)
+
+
+def kernels():
+    """The name of each kernel's program, a size and a target, and what compiles it."""
+    require_compilers(TARGETS.value)
+    for program in (program for operation in OPERATIONS.value for program in operations.programs(operation)):
+        for target in TARGETS.value:
+            name = program.operation, program.label, target
+            if operations.fits(program, target):
+                yield name, functools.partial(operations.compile_program, program, target)
+            else:
+                print("  ".join(name), " its arguments do not fit one device")
+
+
+def training():
+    """The name of each training step, and what compiles it."""
+    steps = {step.label: step for step in compiled.STEPS}
+    if unknown := [label for label in STEPS.value if label not in steps]:
+        sys.exit(f"no training step {unknown[0]!r}: there are {', '.join(steps)}")
+    chosen = [steps[label] for label in STEPS.value]
+    require_compilers(step.topology.partition(":")[0] for step in chosen)
+    for step in chosen:
+        mesh = " ".join(f"{axis}={size}" for axis, size in step.mesh.items())
+        yield (step.model, step.topology, math.prod(step.mesh.values()), mesh, step.length), functools.partial(compile_step, step)
+
+
+def compile_step(step: compiled.Step) -> dict:
+    program = compiled.compile_step(qwen3_4b.get_config(step.data), compiled.MODELS[step.model], step.topology, step.length, step.mesh)
+    row, text = compiled.memory(program), program.as_text()
+    row["hbm_bytes"] = aot.HBM_GIB[step.topology.partition(":")[0]] * 2**30
+    size, array = compiled.largest_array(text)
+    row["largest_array"] = f"{array} {size / 1e9:.2f} GB"
+    row["collectives"] = "; ".join(f"{kind} {count}x {size / 1e9:.3f} GB" for kind, (count, size) in sorted(compiled.collectives(text).items()))
+    return row | ({"error": "does not fit"} if row["total_bytes"] > row["hbm_bytes"] else {})
 
 
 if __name__ == "__main__":

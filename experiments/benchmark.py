@@ -1,7 +1,8 @@
-"""Times what this project is fast at, as ratios to ceilings measured in the same run: python -m experiments.benchmark --suite=kernels --workdir=runs/kernels.
+"""Times what this project is fast at, as ratios within one run: python -m experiments.benchmark --suite=kernels --workdir=runs/benchmark.
 
-kernels: each operation at real sizes on whatever device jax finds, beside the rival that its issue names, and beside the bandwidth of a plain copy. The
-times of a busy machine are worth nothing; the ratios hold as long as both sides were equally disturbed.
+kernels: each operation at real sizes on whatever device jax finds, beside the rival that its issue names, and beside the bandwidth of a plain copy.
+training: a training step of SmolLM2-135M over 1,024 tokens, in plain forward passes; and the memory it takes.
+The times of a busy machine are worth nothing; the ratios hold as long as both sides were equally disturbed.
 """
 
 import csv
@@ -9,14 +10,17 @@ import importlib
 import pathlib
 import statistics
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
 
+from configs import smollm2_135m
 from pallas_kernels import operations
+from retention.training import bench
 
-SUITE = flags.DEFINE_enum("suite", "kernels", ["kernels"], "What to time.")
+SUITE = flags.DEFINE_enum("suite", "kernels", ["kernels", "training"], "What to time.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder for the suite's CSV.", required=True)
 OPERATIONS = flags.DEFINE_list("operations", list(operations.NAMES), "Which operations.")
 
@@ -51,12 +55,10 @@ def read_bandwidth() -> float:
     return x.nbytes / seconds(jnp.sum, x)
 
 
-def main(_):
+def kernels() -> Iterator[dict]:
     platform = jax.default_backend()
-    device = jax.devices()[0].device_kind
     copy, read = copy_bandwidth(), read_bandwidth()
-    print(f"{device}: a copy moves {copy / 1e9:.1f} GB/s, a sum reads {read / 1e9:.1f} GB/s")
-    rows = []
+    print(f"a copy moves {copy / 1e9:.1f} GB/s, a sum reads {read / 1e9:.1f} GB/s")
     for name in OPERATIONS.value:
         for row in importlib.import_module(f"pallas_kernels.{name}.bench").rows(platform, seconds):
             rivals = row.pop("rivals", {})
@@ -65,14 +67,20 @@ def main(_):
             if "flops" in row:
                 row["tflops"] = round(row["flops"] / row["seconds"] / 1e12, 2)
             row["against"] = "; ".join(f"{rival} {s / row['seconds']:.2f}x as long" for rival, s in rivals.items())
-            row = {"device": device, **row}
-            rows.append(row)
-            print("  ".join(f"{key} {value}" for key, value in row.items() if key != "device" and value != ""), flush=True)
+            yield row
+
+
+def main(_):
+    device = jax.devices()[0].device_kind
+    print(device)
+    rows = []
+    for row in kernels() if SUITE.value == "kernels" else bench.rows(smollm2_135m.get_config("long")):
+        rows.append({"device": device, **row})
+        print("  ".join(f"{key} {value}" for key, value in row.items() if value != ""), flush=True)
     path = pathlib.Path(WORKDIR.value)
     path.mkdir(parents=True, exist_ok=True)
-    columns = ("device", "operation", "shape", "seconds", "bytes", "moved", "of_copy", "flops", "tflops", "against")
     with open(path / f"{SUITE.value}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
         writer.writeheader()
         writer.writerows(rows)
 

@@ -58,11 +58,22 @@ def devices(target: str) -> list:
     jax.local_devices()  # finds jax's plugins, this one among them
     if target == "h100":
         return topologies.get_topology_desc(platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100).devices
+    return topology(TPUS[target])
+
+
+@functools.cache
+def topology(name: str) -> list:
+    """The devices of a TPU topology by name: "v5e:4x4", "v5p:8x8x8"."""
+    from jax.experimental import topologies
+
+    if reason := missing(name.partition(":")[0]):
+        raise ValueError(reason)
+    jax.local_devices()
     # libtpu looks for the machine it runs on unless told; and two processes may compile at the same time.
     settings = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
-    return topologies.get_topology_desc(platform="tpu", topology_name=TPUS[target]).devices
+    for variable, value in settings.items():
+        os.environ.setdefault(variable, value)
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
 
 
 def compile_for(target: str, function, *arguments, **jit_options):

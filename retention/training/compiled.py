@@ -1,0 +1,128 @@
+"""A training step through the compiler without the machine: what each chip holds, and what the chips exchange."""
+
+import functools
+import math
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import aot
+from retention import gates
+from retention.checkpoints.stacking import parameter_shapes
+from retention.model import Config
+from retention.training import sharding
+from retention.training.step import init_state, make_optimizer, make_step
+
+_QWEN3 = functools.partial(
+    Config, vocab_size=151_936, kv_heads=8, head_dim=128, max_positions=40_960, rope_theta=1e6, norm_eps=1e-6, tie_embeddings=True, qk_norm=True
+)
+# The shapes of the released models, from their config.json.
+MODELS = {
+    "qwen3_1_7b": _QWEN3(layers=28, embed_dim=2048, mlp_dim=6144, query_heads=16),
+    "qwen3_4b": _QWEN3(layers=36, embed_dim=2560, mlp_dim=9728, query_heads=32),
+    "qwen3_8b": _QWEN3(layers=36, embed_dim=4096, mlp_dim=12_288, query_heads=32, tie_embeddings=False),
+}
+
+
+class Step(NamedTuple):
+    """One of MODELS trained as configs/qwen3_4b.py:`data` says on rows of `length` tokens, one for each device of the data and fsdp axes."""
+
+    model: str
+    data: str
+    length: int
+    topology: str
+    mesh: dict[str, int]
+
+    @property
+    def label(self) -> str:
+        return f"{self.model}-{self.length // 1024}K-{self.topology}"
+
+
+STEPS = (
+    Step("qwen3_4b", "math", 32_768, "v5e:4x4", {"fsdp": 4, "context": 4}),
+    Step("qwen3_4b", "instruct", 131_072, "v5p:4x4x4", {"fsdp": 8, "context": 8}),
+    Step("qwen3_8b", "math", 32_768, "v5e:8x8", {"fsdp": 16, "context": 4}),
+    Step("qwen3_4b", "math", 32_768, "v5p:8x8x8", {"data": 8, "fsdp": 64}),
+    *(Step("qwen3_4b", "math", length, "v5p:2x2x1", {"fsdp": 4}) for length in (8192, 16_384, 32_768, 65_536)),
+)
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def compile_step(config, model: Config, topology: str, length: int, mesh_shape: Mapping[str, int]):
+    """The step of an experiment's config for a TPU topology such as "v5e:4x4", one row of `length` tokens on each data and fsdp device; jax's Compiled."""
+    mesh = sharding.make_mesh(mesh_shape, aot.topology(topology))
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    sharding.check(mesh, model, rows, length)
+    gate, optimizer = gates.GateConfig(**config.gate), make_optimizer(config.optimizer, config.steps)
+    params = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype)), _stacked(model), is_leaf=lambda x: isinstance(x, tuple))
+    state = jax.eval_shape(lambda: init_state(gates.init(model, gate), optimizer))
+    batch = dict.fromkeys(("tokens", "labels", "segment_ids", "positions"), jnp.int32) | dict.fromkeys(("answer", "other"), jnp.bool)
+    batch = {name: jax.ShapeDtypeStruct((rows, length), dtype) for name, dtype in batch.items()}
+    copied = NamedSharding(mesh, P())
+    places = sharding.state_sharding(mesh, state), sharding.params_sharding(mesh, params), NamedSharding(mesh, sharding.BATCH), copied
+    step = jax.jit(make_step(model, gate, optimizer, config.loss, mesh), in_shardings=places, out_shardings=(places[0], copied), donate_argnums=0)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return step.lower(state, params, batch, jax.eval_shape(lambda: jax.random.key(0))).compile()
+
+
+def _stacked(model: Config) -> dict:
+    shapes = parameter_shapes(model)
+    return shapes | {"layers": {name: (model.layers, *shape) for name, shape in shapes["layers"].items()}}
+
+
+def memory(compiled) -> dict[str, int]:
+    """The bytes of one device's memory that a compiled step takes: arguments_bytes, temp_bytes, and total_bytes with the results that reuse no argument's."""
+    found = compiled.memory_analysis()
+    arguments, temp = found.argument_size_in_bytes, found.temp_size_in_bytes
+    return {"arguments_bytes": arguments, "temp_bytes": temp, "total_bytes": arguments + temp + found.output_size_in_bytes - found.alias_size_in_bytes}
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+    """What a step exchanges, from the TPU compiler's HLO: kind of collective -> (how often it runs, bytes in all).
+
+    Bytes are those of the whole array that one device has after an all-gather or all-reduce, or before a reduce-scatter. A loop counts as often as its
+    condition says; the loss's, whose blocks depend on the labels, once.
+    """
+    bodies = dict(re.findall(r"^(?:ENTRY )?%([\w.\-]+) [^\n]*\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL))
+    # The compiler cuts one collective into several fusions, each of which shows it; its channel, within a loop, tells that they are one.
+    channels: dict[tuple, tuple[int, int]] = {}
+
+    def walk(name: str, loop: str, times: int) -> None:
+        for line in bodies[name].splitlines():
+            if operation := re.search(r" = (.*?) (" + "|".join(COLLECTIVES) + r")(?:-start)?\(.*?channel_id=(\d+)", line):
+                shapes, kind, channel = _shapes(operation[1]), operation[2], operation[3]
+                if "all-reduce-scatter" in name:  # all-reduce and the slice of it that is this device's, which run as one
+                    kind = "reduce-scatter"
+                size = max(shapes) if "-start(" in line else sum(shapes)  # a start's type has operand, result and flags
+                channels[kind, loop, channel] = times, times * size
+            if inner := re.search(r" while\(.*?condition=%([\w.\-]+), body=%([\w.\-]+)", line):
+                bound = re.findall(r"s32\[\]\S* constant\((\d+)\)", bodies[inner[1]])
+                walk(inner[2], inner[2], times * (int(bound[0]) if bound else 1))
+            for callee in re.findall(r"(?:calls|true_computation|false_computation)=%([\w.\-]+)", line):
+                walk(callee, loop, times)
+            for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
+                for callee in re.findall(r"%([\w.\-]+)", branches):
+                    walk(callee, loop, times)
+
+    walk(re.search(r"^ENTRY %([\w.\-]+)", text, re.MULTILINE)[1], "", 1)
+    found = {}
+    for (kind, _, _), (times, size) in channels.items():
+        count, total = found.get(kind, (0, 0))
+        found[kind] = count + times, total + size
+    return found
+
+
+def _shapes(text: str) -> list[int]:
+    """The bytes of each array in an HLO type."""
+    return [BYTES.get(kind, 4) * math.prod(int(n) for n in sizes.split(",") if n) for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", text)]
+
+
+def largest_array(text: str) -> tuple[int, str]:
+    """Bytes and type of the largest array anywhere in a step's HLO."""
+    return max((size, found) for found in set(re.findall(r"\w+\[[\d,]+\]", text)) for size in _shapes(found))
