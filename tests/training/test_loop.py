@@ -292,7 +292,6 @@ def test_training_in_another_thread(config, whole, tmp_path):
     assert_same_end(tmp_path, whole)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("data", ["math", "instruct"])
 def test_published_configs_train(folder, tmp_path, data):
     """That of Qwen3-4B with a tiny model, short rows and few steps trains on chat records and books; the others are the same but for model and batch."""
@@ -314,16 +313,16 @@ def test_published_configs_train(folder, tmp_path, data):
         assert other.to_dict() == qwen3_4b.get_config(data).to_dict()
 
 
+@pytest.mark.slow
 def test_no_room_for_a_checkpoint(monkeypatch, folder, tmp_path):
-    """No file may grow to half the largest of a checkpoint, which is that of the gates: wide enough that no other file of the run comes near."""
+    """No file may grow beyond 40 KB. Wide gates and their moments are 220 KB, in two or three files; no other file of the run reaches 10."""
     workdir, config = tmp_path / "run", make_config(folder, **{"gate.width": 64})
     crash(monkeypatch, config, workdir, 5)
-    largest = max(file.stat().st_size for file in (workdir / "checkpoints" / "3").rglob("*"))
-    status, _, err = finish(start_program(tmp_path, workdir, config, blocks=largest // 2 // 512))
-    assert status == 1 and err.splitlines()[-1] == (
+    status, _, err = finish(start_program(tmp_path, workdir, config, blocks=80))
+    assert status == 1 and [line for line in err.splitlines() if line.startswith("OSError")] == [
         f"OSError: the checkpoint {workdir}/checkpoints/6 cannot be written (File too large); put that right and start again, and the run goes on from"
         f" {workdir}/checkpoints/3"
-    )
+    ]
     loop.train(config, workdir)
     assert checkpoint_steps(workdir) == [6, 9, 10] and [record["step"] for record in metrics(workdir)] == list(range(10))
 
