@@ -50,7 +50,7 @@ def weighted_losses(
       labels: [B,T] int. kl_weight, ntp_weight: [B,T] float32, what a token's two losses count in the sum.
 
     Returns:
-      sum of kl_weight KL + ntp_weight CE, float32; and the two losses [B,T] float32, in nats, of the tokens that have a weight.
+      sum of kl_weight KL + ntp_weight CE, float32; and the two losses [B,T] float32, in nats, 0 for tokens without a weight.
     """
     local = functools.partial(_local_losses, tied)
     columns = P("tensor", None) if tied else P(None, "tensor")
@@ -81,9 +81,8 @@ def _local_losses(tied, hidden, teacher, head, labels, kl_weight, ntp_weight):
     size = len(labels)
     block = min(_BLOCK, size)
     compared = (kl_weight != 0) | (ntp_weight != 0)
-    # Those that are compared come first; the last block is filled up with what no array holds.
-    order = jnp.argsort(~compared, stable=True)
-    order = jnp.pad(order, (0, -size % block), constant_values=size)
+    # The last block is filled up with an index that no array holds: what is computed there is dropped.
+    order = jnp.nonzero(compared, size=-(-size // block) * block, fill_value=size)[0]
     column = jax.lax.axis_index("tensor") * columns + jnp.arange(columns)
 
     def product(x, weights, over_columns):

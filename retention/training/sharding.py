@@ -77,11 +77,16 @@ def params_sharding(mesh: Mesh, params: Any) -> Any:
 
 
 def state_sharding(mesh: Mesh, state: Any) -> Any:
-    """A NamedSharding for each array of gates, gradients or a TrainState: by the gate's name, wherever in the optimiser's state it stands."""
+    """A NamedSharding for each array of gates, gradients or a TrainState: by the gate's name, wherever in the optimiser's state it stands.
+
+    Raises ValueError where fsdp does not divide the width of a trunk that is large enough to be split.
+    """
 
     def place(path, leaf):
-        name = next((key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), None)
+        name = next((key.key for key in path if isinstance(key, jax.tree_util.DictKey)), None)
         large = leaf.size * leaf.dtype.itemsize > _COPIED_GATE_BYTES
+        if large and name == "w2" and leaf.shape[1] % mesh.shape["fsdp"]:
+            raise ValueError(f"mesh axis fsdp is {mesh.shape['fsdp']}, which does not divide gate.width, {leaf.shape[1]}; give one for which it does")
         return NamedSharding(mesh, _GATES.get(name, P()) if large else P())
 
     return jax.tree_util.tree_map_with_path(place, state)

@@ -135,3 +135,9 @@ def test_state_sharding_splits_large_trunks_with_their_moments(kind):
     trunk = {"w1": P(None, "fsdp"), "w2": P(None, "fsdp")} if kind == "global" else {"w1": P(None, "fsdp")}
     assert places(width=512) == trunk
     assert places(width=64) == {}
+
+
+def test_state_sharding_names_a_width_that_does_not_fit():
+    shapes = jax.eval_shape(lambda: gates.init(small_config(layers=36, embed_dim=2560), gates.GateConfig(width=510)))
+    with pytest.raises(ValueError, match="fsdp is 4, which does not divide gate.width, 510"):
+        sharding.state_sharding(abstract(fsdp=4), shapes)
