@@ -25,7 +25,7 @@ _WORD = re.compile(r"\s*\S+")
 def load(source: str) -> list[str]:
     """Documents of one or several comma-separated sources: "pydoc" (the manual inside every CPython) or a path or glob of text files.
 
-    Raises FileNotFoundError where no file matches, ValueError where a source is empty or holds no prose.
+    Raises FileNotFoundError where no file matches, ValueError for a file that is not UTF-8 or holds no text.
     """
     documents = []
     for name in (part.strip() for part in source.split(",")):
@@ -39,15 +39,21 @@ def load(source: str) -> list[str]:
             paths = sorted(glob.glob(os.path.expanduser(name), recursive=True))
             if not paths:
                 raise FileNotFoundError(f'no text file matches source {name!r}; give "pydoc", a path or a glob such as "texts/*.txt"')
-            found = []
-            for path in paths:
-                with open(path, encoding="utf-8", errors="replace") as file:
-                    found.append(_paragraphs(file.read()))
-        found = [text for text in found if text]
-        if not found:
-            raise ValueError(f"source {name!r} holds no text; give files with at least one paragraph of prose")
-        documents += found
+            found = [_read(path) for path in paths]
+        documents += filter(None, found)  # a page of the manual may hold no prose
     return documents
+
+
+def _read(path: str) -> str:
+    with open(path, "rb") as file:
+        raw = file.read()
+    try:
+        text = _paragraphs(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the text file {path} is not UTF-8 (byte {error.start}); convert it or leave it out") from None
+    if not text:
+        raise ValueError(f"the text file {path} holds no text; leave it out")
+    return text
 
 
 def _paragraphs(raw: str) -> str:

@@ -54,8 +54,11 @@ def test_load_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         text.load(f"{tmp_path}/nowhere*.txt")
     (tmp_path / "empty.txt").write_text(" \n")
-    with pytest.raises(ValueError, match="no text"):
-        text.load(f"{tmp_path}/empty.txt")
+    with pytest.raises(ValueError, match="text file .*empty.txt holds no text; leave it out"):
+        text.load(f"{tmp_path}/*.txt")
+    (tmp_path / "empty.txt").write_bytes("Latin-1 is r\xe9sum\xe9.".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"text file .*empty.txt is not UTF-8 \(byte 12\); convert it or leave it out"):
+        text.load(f"{tmp_path}/*.txt")
     with pytest.raises(ValueError, match="empty part"):
         text.load("pydoc,")
 
