@@ -2,7 +2,8 @@
 
 kernels: every kernel at real sizes. VMEM is what the TPU compiler says the kernel uses (a GPU's shared memory is checked by its compiler, which does not
 report it); temp is the HBM that the program needs beside its arguments and results. training: whole steps of configs/qwen3_4b.py on meshes of up to 512
-chips, with the HBM of one chip and what the chips exchange. Needs the extra `aot`; `make aot` sets that up.
+chips, with the HBM of one chip and what the chips exchange; a step that does not fit, or holds an array of T x T, is an error. Needs the extra `aot`;
+`make aot` sets that up.
 """
 
 import csv
@@ -55,7 +56,7 @@ def main(_):
             file.flush()
             failed += "error" in row
             tqdm.write("  ".join([*map(str, name), *(readable(column, row[column]) for column in (*measures, "error") if column in row)]))
-    print(f"{len(programs) - failed} compile and fit, {failed} do not")
+    print(f"{len(programs) - failed} compile, {failed} do not")
     sys.exit(failed > 0)
 
 
@@ -100,7 +101,11 @@ def compile_step(step: compiled.Step) -> dict:
     size, array = compiled.largest_array(text)
     row["largest_array"] = f"{array} {size / 1e9:.2f} GB"
     row["collectives"] = "; ".join(f"{kind} {count}x {size / 1e9:.3f} GB" for kind, (count, size) in sorted(compiled.collectives(text).items()))
-    return row | ({"error": "does not fit"} if row["total_bytes"] > row["hbm_bytes"] else {})
+    if row["total_bytes"] > row["hbm_bytes"]:
+        row["error"] = "does not fit"
+    elif scores := compiled.quadratic(text, step.length, step.mesh.get("context", 1)):
+        row["error"] = f"holds T x T: {', '.join(scores)}"
+    return row
 
 
 if __name__ == "__main__":

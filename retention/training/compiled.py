@@ -46,6 +46,7 @@ class Step(NamedTuple):
 STEPS = (
     Step("qwen3_4b", "math", 32_768, "v5e:4x4", {"fsdp": 4, "context": 4}),
     Step("qwen3_4b", "instruct", 131_072, "v5p:4x4x4", {"fsdp": 8, "context": 8}),
+    Step("qwen3_4b", "instruct", 131_072, "v5p:2x2x1", {"fsdp": 4}),
     Step("qwen3_8b", "math", 32_768, "v5e:8x8", {"fsdp": 16, "context": 4}),
     Step("qwen3_4b", "math", 32_768, "v5p:8x8x8", {"data": 8, "fsdp": 64}),
     *(Step("qwen3_4b", "math", length, "v5p:2x2x1", {"fsdp": 4}) for length in (8192, 16_384, 32_768, 65_536)),
@@ -126,3 +127,15 @@ def _shapes(text: str) -> list[int]:
 def largest_array(text: str) -> tuple[int, str]:
     """Bytes and type of the largest array anywhere in a step's HLO."""
     return max((size, found) for found in set(re.findall(r"\w+\[[\d,]+\]", text)) for size in _shapes(found))
+
+
+def quadratic(text: str, length: int, context: int) -> list[str]:
+    """The arrays in a step's HLO that have a row's `length` tokens along one axis, and all, a device's or half a device's along another."""
+    queries = {length, length // context, length // (2 * context)} if context > 1 else {length}
+    found = []
+    for array in sorted(set(re.findall(r"\w+\[[\d,]+\]", text))):
+        axes = [int(n) for n in array.partition("[")[2][:-1].split(",")]
+        if length in axes:
+            axes.remove(length)
+            found += [array] if queries & set(axes) else []
+    return found
