@@ -126,13 +126,15 @@ TASKS = ("needle", "needle4", "facts")
 class Sample:
     """One context and what is asked of it.
 
-    context: all that comes before the question, chat wrapper included. questions: what to append to it, one at a time, each to the same
-    context; the model's answer follows directly. answers: the value that each answer must hold.
+    context: all that comes before the question, chat wrapper included. questions: what to append to it, one at a time; the model's answer
+    follows directly. answers: the value that each answer must hold, or the strings that `ruler.score` looks for. turns: whether the
+    questions are turns of one conversation, each appended after the answer to the one before; else each is appended to the bare context.
     """
 
     context: str
     questions: tuple[str, ...]
-    answers: tuple[str, ...]
+    answers: tuple[str, ...] | tuple[tuple[str, ...], ...]
+    turns: bool = False
 
 
 def samples(task: str, encode: text.Encode, texts: list[str], length: int, count: int, seed: int) -> list[Sample]:
@@ -147,8 +149,8 @@ def samples(task: str, encode: text.Encode, texts: list[str], length: int, count
     if length < 160:
         raise ValueError(f"length must be at least 160 tokens to hold the planted facts and prose around them, not {length}")
     rng = np.random.default_rng((TASKS.index(task), seed))
-    strata = rng.permutation(count)
-    return [_sample(task, encode, texts, length, (stratum + rng.random()) / count, rng) for stratum in strata]
+    places = rng.permutation(count)
+    return [_sample(task, encode, texts, length, (place + rng.random()) / count, rng) for place in places]
 
 
 def correct(task: str, answer: str, generated: str) -> bool:
@@ -161,6 +163,20 @@ def correct(task: str, answer: str, generated: str) -> bool:
     grouped = re.sub(r"(?<=\d)[, ](?=\d{3}(?!\d))", "", plain)
     wanted = re.compile(rf"(?<!\w){re.escape(answer.lower())}(?!\w)")
     return bool(wanted.search(plain) or wanted.search(grouped))
+
+
+def strata(count: int, rng: np.random.Generator) -> list[float]:
+    """`count` depths in [0, 1) in random order, one in each of as many equal parts."""
+    return [(place + rng.random()) / count for place in rng.permutation(count)]
+
+
+def plant(body: list[str], plants: list[str], depths: list[float]) -> list[str]:
+    """The pieces of `body` with each of `plants` at the boundary nearest its depth, a fraction of the body's characters."""
+    ends = np.cumsum([0, *(len(piece) for piece in body)])
+    planted = list(body)
+    for index in np.argsort(depths)[::-1]:  # from the end, so that earlier boundaries stay where they are
+        planted.insert(int(np.abs(ends - depths[index] * ends[-1]).argmin()), plants[index])
+    return planted
 
 
 def _check(task: str):
@@ -216,18 +232,14 @@ def _facts(rng: np.random.Generator) -> list[tuple[str, str, str]]:
 def _sample(task: str, encode: text.Encode, texts: list[str], length: int, depth: float, rng: np.random.Generator) -> Sample:
     facts = _facts(rng) if task == "facts" else _numbers(1 if task == "needle" else 4, rng)
     # A lone fact stands at `depth`; several stand in strata of their own, so that no two samples have them at the same places.
-    depths = [depth] if len(facts) == 1 else [(place + rng.random()) / len(facts) for place in rng.permutation(len(facts))]
+    depths = [depth] if len(facts) == 1 else strata(len(facts), rng)
     values = [value.lower() for _, _, value in facts]
     plants = [" " + statement for statement, _, _ in facts]
     room = length - len(encode(SYSTEM + USER)) - sum(len(encode(plant)) for plant in plants)
     for _ in range(20):  # a long word at the end may leave too large a gap
         prose = text.sentences(text.window(texts, rng, 7 * room + 200))
         body = text.fit((piece for piece in prose if not any(value in piece.lower() for value in values)), encode, room)
-        ends = np.cumsum([0, *(len(piece) for piece in body)])
-        order = np.argsort(depths)[::-1]  # from the end, so that earlier boundaries stay where they are
-        for index in order:
-            body.insert(int(np.abs(ends - depths[index] * ends[-1]).argmin()), plants[index])
-        context = SYSTEM + USER + text.join(body)
+        context = SYSTEM + USER + text.join(plant(body, plants, depths))
         if abs(len(encode(context)) - length) <= 0.02 * length:
             questions = tuple(f"\n\n{question}{ASK}" for _, question, _ in facts)
             return Sample(context, questions, tuple(value for _, _, value in facts))

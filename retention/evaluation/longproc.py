@@ -1,0 +1,141 @@
+"""LongProc's tasks (Ye et al. 2025, arXiv 2501.05414): whether a long generated procedure is right, by the rules of the authors' release.
+
+Each task asks for a format, and what is not in it scores 0. Where a tag stands several times, its last closed pair counts, so that a model may think
+aloud before it answers.
+"""
+
+import csv
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+
+TESTS = 10  # of a program, those that the release runs
+SECONDS = 3  # a test may take
+INCLUDED = "cstdio iostream vector algorithm numeric cmath cstring set map queue stack list fstream climits cassert iomanip sstream bitset".split()
+FILLERS = set("a an the on in at of step think thinks believe believes belief know knows is are location".split())
+_OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+
+
+def _tagged(generated: str, tag: str) -> str:
+    found = re.findall(rf"<{tag}>((?:(?!<{tag}>).)*?)</{tag}>", generated, re.DOTALL)
+    return found[-1].strip() if found else ""
+
+
+def countdown(generated: str, numbers: Sequence[int], target: int) -> dict[str, float]:
+    """accuracy: 1 where the equations between <Solution> tags, one a line, hold, use up the numbers and each other's results, and end in `target`."""
+    left = list(numbers)
+    for line in _tagged(generated, "Solution").split("\n"):
+        equation = re.fullmatch(r"\s*(\d{1,9})\s*([-+*/])\s*(\d{1,9})\s*=\s*(\d{1,18})\s*", line)
+        if not equation:
+            return {"accuracy": 0.0}
+        first, second, result = (int(equation[group]) for group in (1, 3, 4))
+        holds = second != 0 and first == second * result if equation[2] == "/" else _OPERATIONS[equation[2]](first, second) == result
+        for number in (first, second):
+            if number not in left or not holds:
+                return {"accuracy": 0.0}
+            left.remove(number)
+        left.append(result)
+    return {"accuracy": float(left == [target])}
+
+
+def path_traversal(generated: str, route: str) -> dict[str, float]:
+    """accuracy: 1 where the lines between <Route> tags are the route's; partial_accuracy: its part up to the first line that differs."""
+    return _lines(_tagged(generated, "Route").split("\n"), route.strip().split("\n"))
+
+
+def tom_tracking(generated: str, trace: str) -> dict[str, float]:
+    """As `path_traversal` for the lines "- Step n: ..." from the last "- Step 0:" on.
+
+    Case, punctuation, articles and such words as "on" or "location" do not count.
+    """
+    return _lines(_steps(generated[max(generated.rfind("- Step 0:"), 0) :]), _steps(trace))
+
+
+def _lines(given: list, wanted: list) -> dict[str, float]:
+    same = 0
+    while same < min(len(given), len(wanted)) and given[same] == wanted[same]:
+        same += 1
+    return {"accuracy": float(given == wanted), "partial_accuracy": same / len(wanted)}
+
+
+def _steps(trace: str) -> list[list[str]]:
+    """The words that count of each step."""
+    steps = []
+    for line in trace.split("\n"):
+        if re.match(r"- Step \d+:", line):
+            plain = re.sub(r"[^\w\s]|_", "", line.lower())
+            steps.append([word for word in plain.split() if word not in FILLERS])
+    return steps
+
+
+def html_to_tsv(generated: str, table: str) -> dict[str, float]:
+    """f1, precision and recall of rows, in any order: a row counts where the other table has one with the same cells.
+
+    The table stands between ```tsv and ```, or is the whole text; its first line is the header. Case, spaces, punctuation and articles do not count.
+    """
+    _, fence, behind = generated.partition("```tsv")
+    try:
+        given, wanted = _rows(behind.rpartition("```")[0] or behind if fence else generated), _rows(table)
+    except csv.Error:  # NUL bytes, or a quotation mark that swallows over 128 KiB
+        given = []
+    if not given:
+        return dict.fromkeys(("f1", "precision", "recall"), 0.0)
+    precision = sum(row in wanted for row in given) / len(given)
+    recall = sum(row in given for row in wanted) / len(wanted)
+    return {"f1": 2 * precision * recall / (precision + recall) if precision else 0.0, "precision": precision, "recall": recall}
+
+
+def _rows(table: str) -> list[tuple[str, ...]]:
+    """The rows below the header; a last one of another length (a closing remark) is left out."""
+    header, *rows = csv.reader(table.strip().split("\n"), delimiter="\t") if table.strip() else [()]
+    if rows and len(rows[-1]) != len(header):
+        rows.pop()
+    return [tuple(_cell(cell) for cell in row) for row in rows]
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"\b(?:an?|the)\b|\s", "", re.sub(r"[!-/:-@\[-`{-~]", "", text.lower()))
+
+
+def pseudo_to_code(generated: str, tests: Sequence[Sequence[Sequence[str]]], execute: bool = False) -> dict[str, float]:
+    """accuracy: 1 where the C++ program between ```cpp and ``` compiles and prints what the first tests, (input lines, output lines), expect.
+
+    This runs a program that a model wrote. It gets an empty folder, no environment but PATH, and limits on time, memory and file sizes, but it is in no
+    sandbox: the network and files that the user may read are open to it. Hence `execute` must be True, else ValueError.
+    Raises FileNotFoundError where there is no g++.
+    """
+    if not execute:
+        raise ValueError("pseudo_to_code runs C++ programs that the model wrote, outside any sandbox; pass execute=True where that may be done")
+    if not shutil.which("g++"):
+        raise FileNotFoundError("pseudo_to_code needs the compiler g++, which is not on the PATH")
+    code = re.search(r"```(?:cpp|c\+\+)(.*)```", generated, re.DOTALL)
+    if not code:
+        return {"accuracy": 0.0}
+    with tempfile.TemporaryDirectory() as folder:
+        source = "".join(f"#include <{name}>\n" for name in INCLUDED) + "using namespace std;\n" + code[1]
+        right = _run(["g++", "-std=c++11", "-O", "-x", "c++", "-o", "program", "-"], source, folder, 60, check=True) is not None and all(
+            _run(["./program"], _joined(given), folder, SECONDS) == _joined(expected) for given, expected in tests[:TESTS]
+        )
+    return {"accuracy": float(right)}
+
+
+def _joined(lines: Sequence[str]) -> str:
+    return "\n".join(lines) + "\n"
+
+
+def _run(command: list[str], given: str, folder: str, seconds: int, check: bool = False) -> str | None:
+    """What a command prints; None where it takes too long, and with `check` where it fails. It may have 1 GiB of memory."""
+    limited = ["sh", "-c", f'ulimit -t {seconds} -v 1048576 -f 65536; exec "$@"', "sh", *command]
+    with tempfile.TemporaryFile(dir=folder) as output:  # a file, which is limited, where a pipe could fill our own memory
+        try:
+            subprocess.run(
+                limited, input=given.encode(errors="replace"), stdout=output, stderr=subprocess.DEVNULL, cwd=folder, env={"PATH": os.environ["PATH"]},
+                timeout=seconds, check=check,
+            )  # fmt: skip
+            output.seek(0)
+            return output.read().decode()
+        except (subprocess.SubprocessError, UnicodeDecodeError):
+            return None

@@ -1,0 +1,114 @@
+"""Final answers of generated solutions to mathematical problems: where they stand, and whether they are right."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import threading
+
+from retention.evaluation import symbolic
+
+DATASETS = ("gsm8k", "math500", "aime24", "aime25")
+
+
+def correct(dataset: str, generated: str, answer: str) -> bool:
+    """Whether the final answer of the solution `generated` is `answer`, by the rule of `dataset`.
+
+    gsm8k: the numbers are equal. math500: the answers are `equivalent`. aime24, aime25: both are the same integer from 0 to 999.
+    Raises ValueError for an unknown data set, ImportError where math500 needs sympy and it is missing.
+    """
+    if dataset not in DATASETS:
+        raise ValueError(f"unknown data set {dataset!r}; those of mathematics are {', '.join(DATASETS)}")
+    if dataset == "gsm8k":
+        number = symbolic.fraction(last_number(generated))
+        return number is not None and number == symbolic.fraction(last_number(answer))
+    if dataset == "math500":
+        return equivalent(boxed(generated), answer)
+    given = boxed(generated).rpartition("=")[2]  # m + n = 113
+    number = symbolic.fraction(symbolic.bare(symbolic.clean(given))) if len(given) <= symbolic.MAX_CHARS else None
+    return number in range(1000) and number == symbolic.fraction(answer)
+
+
+def last_number(generated: str) -> str:
+    """The first number behind the last "####"; without a "####", the last in the last \\boxed{...}; without that, the last in the text.
+
+    Commas of thousands, currency signs and units are left out. Empty where there is no number.
+    """
+    _, mark, behind = generated.rpartition("####")
+    if mark:
+        return next(iter(_numbers(behind)), "")
+    return (_numbers(boxed(generated)) or _numbers(generated) or [""])[-1]
+
+
+def _numbers(text: str) -> list[str]:
+    text = re.sub(r"\\[!,$]|\$|(?<=\{),(?=\})", lambda match: match[0] if match[0] == "," else "", text).replace("{,}", ",")
+    # A minus sign belongs to the number unless it stands behind an operand, as in 16-3.
+    found = re.findall(r"(?:(?<![\w.)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+", text)
+    return [number.replace(",", "") for number in found]
+
+
+def boxed(generated: str) -> str:
+    """What stands in the last \\boxed{...} (or \\fbox{...}) that is closed and not empty: the answer as MATH and AIME ask for it.
+
+    Without one, what follows the last "answer is" or "answer:" in its sentence; without that, an empty string.
+    """
+    found, open_braces = {}, []  # the contents of boxes by where they begin; where each open brace begins, if it is a box's
+    for match in re.finditer(r"\\(?:boxed|fbox)\s*(?:\{|(\d+|[A-Za-z]))|\\.|[{}]", generated, re.DOTALL):
+        if match[1]:  # \boxed 5
+            found[match.start()] = match[1]
+        elif match[0] == "{" or len(match[0]) > 2:
+            open_braces.append(match.end() if len(match[0]) > 2 else None)
+        elif match[0] == "}" and open_braces and (start := open_braces.pop()):
+            found[start] = generated[start : match.start()].strip()
+    answers = [found[start] for start in sorted(found) if found[start]]
+    if answers:
+        return answers[-1]
+    said = re.findall(r"(?i)\banswer(?: is|:)[:*\s]*(\S[^\n]*)", generated)
+    return re.split(r"\.(?:\s|$)", said[-1].replace("*", ""))[0].strip() if said else ""
+
+
+def equivalent(given: str, wanted: str) -> bool:
+    """Whether two answers in LaTeX or plain text say the same.
+
+    Alike are: 1/2, \\frac12, 0.5 and .5; 1\\frac{4}{5} and 9/5; 58,500 and 58500; 90^\\circ and 90; 5 \\text{ cm} and 5 (units, currency and percent
+    signs are left out); x=5 and 5; x \\in [1,2] and [1,2]; 1 \\pm 2 and 3, -1; \\text{(C)} and C; words in any case; equations of which one is a
+    multiple of the other; and what sympy finds equal, letters standing for real numbers and i for the imaginary unit. Lists with commas, sets
+    and unions are compared in any order, tuples, intervals and matrices in theirs. Decimals are exact: 0.333 is not 1/3.
+
+    An answer that cannot be parsed, or has over symbolic.MAX_CHARS characters, equals only the same string. A comparison that takes longer than
+    symbolic.CPU_SECONDS, or too much memory, counts as different. Raises ImportError where sympy is needed and missing.
+    """
+    if max(len(given), len(wanted)) > symbolic.MAX_CHARS:
+        return given == wanted
+    given, wanted = symbolic.clean(given), symbolic.clean(wanted)
+    if not given or not wanted:
+        return False
+    if symbolic.same_string(given, wanted):
+        return True
+    numbers = [symbolic.fraction(symbolic.bare(one)) for one in (given, wanted)]
+    return numbers[0] == numbers[1] if None not in numbers else _worker.equivalent(given, wanted)
+
+
+class _Worker:
+    """Runs symbolic.py in a process of its own, the only place where a comparison of any text can be ended at any time."""
+
+    def __init__(self):
+        self._process = None
+        self._lock = threading.Lock()
+
+    def equivalent(self, given: str, wanted: str) -> bool:
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                if importlib.util.find_spec("sympy") is None:
+                    raise ImportError("comparing these answers needs sympy; install it with `pip install -e '.[data]'`")
+                command = [sys.executable, "-P", symbolic.__file__, str(symbolic.CPU_SECONDS)]
+                self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            print(json.dumps([given, wanted]), file=self._process.stdin, flush=True)
+            found = self._process.stdout.readline()
+            if not found:
+                self._process.wait()  # it ended itself: out of time
+            return found == "1\n"
+
+
+_worker = _Worker()

@@ -1,0 +1,213 @@
+"""Final answers of solutions: where they stand, and which ones say the same."""
+
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retention.evaluation import math_answers, symbolic
+from retention.evaluation.math_answers import boxed, correct, equivalent, last_number
+
+SAME = [
+    (r"\frac{1}{2}", r"\dfrac12"),
+    (r"\frac 59", "5/9"),
+    (r"\frac{270}7\text{ degrees}", "270/7"),
+    ("1/2", ".5"),
+    (r"1\frac{4}{5}", "9/5"),
+    ("1 4/5", "1.8"),
+    (r"0.1\overline{6}", r"\frac16"),
+    (r"6.72 \times 10^{-5}", ".0000672"),
+    ("58,500", "58500"),
+    (r"11,\! 111,\! 100", "11111100"),
+    (r"\$32,\!348", "32348"),
+    ("$18.90", "18.9"),
+    (r"50\%", "50"),
+    (r"90^\circ", "90"),
+    (r"90^{\circ}", "90°"),
+    (r"864 \mbox{ inches}^2", "864 square inches"),
+    (r"5.4 \text{ cents}", "5.4"),
+    (r"\text{Evelyn}", "evelyn"),
+    (r"\text{(C)}", "C"),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\pi/2)"),
+    (r"(2,\infty)", r"\left(2, \infty\right)"),
+    (r"\left(\frac35,\frac83\right]", "(0.6, 8/3]"),
+    (r"x \in [-2,7]", "[-2, 7]"),
+    (r"(-\infty, 2) \cup (3, \infty)", r"(3,\infty)\cup(-\infty,2)"),
+    ("1,-2", r"x=-2 \text{ or } x=1"),
+    ("100, 200", "200,100"),
+    ("100,200", "100, 200"),
+    (r"1 \pm \sqrt{19}", r"1-\sqrt{19}, 1+\sqrt{19}"),
+    (r"\{1\pm\sqrt{5},-2\}", r"-2, 1+\sqrt5, 1-\sqrt5"),
+    (r"\{5\}", "5"),
+    (r"\begin{pmatrix} -1/3 \\ 2 \end{pmatrix}", r"\begin{bmatrix} -\frac13 \\ 2 \end{bmatrix}"),
+    (r"\mathbf{v} = \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    ("x=5", "5"),
+    ("f(x) = 2x+3", "3+2x"),
+    ("y = 2x + 3", "4x - 2y + 6 = 0"),
+    ("4210_{5}", "4210_5"),
+    (r"\sqrt{12}", r"2\sqrt3"),
+    (r"\frac{1}{\sqrt 3}", r"\frac{\sqrt{3}}{3}"),
+    (r"\sqrt{3+2\sqrt{2}}", r"1+\sqrt2"),
+    ("3√13", "sqrt(13)*3"),
+    (r"\cot x", r"\frac{\cos x}{\sin x}"),
+    (r"\sin^2 x + \cos^2 x", "1"),
+    (r"\log_2 8", "3"),
+    ("|-3|", "3"),
+    ("5!", r"\binom{10}{3}"),
+    ("(a+5)(b+2)", "ab + 2a + 5b + 10"),
+    ("x^10", "x^{10}"),
+    ("(1+i)^2", "2i"),
+    (r"e^{i\pi}", "-1"),
+]
+DIFFERENT = [
+    ("", "5"),
+    ("-5", "5"),
+    ("0.333", r"\frac13"),
+    ("52", "52_8"),
+    ("52_8", "52_9"),
+    ("(1,2)", "(2,1)"),
+    ("(1,2)", "[1,2]"),
+    ("(1,2]", "(1,2)"),
+    ("1,2", "(1,2)"),
+    ("1,2", "1,2,3"),
+    ("5,5", "5"),
+    (r"(1,2)\cup(3,4)", "(1,2)"),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1 & 2 \end{pmatrix}"),
+    (r"1 \pm \sqrt{19}", r"1+\sqrt{19}"),
+    ("east", "seat"),
+    (r"\text{(B)}", "(C)"),
+    ("y=2x", "y=-2x"),
+    ("x=5", "y=5"),
+    ("x-1", "x+1"),
+    (r"\sqrt{x^2}", "x"),
+    ("1/0", "2/0"),
+    (r"\infty", r"-\infty"),
+    (r"\frac{}{}", "1"),
+    (r"\sqrt{2", "1"),
+    (r"\undefined{3}", "3"),
+]
+
+
+@pytest.mark.parametrize("one, other", SAME)
+def test_the_same(one, other):
+    assert equivalent(one, other) and equivalent(other, one) and equivalent(one, one)
+
+
+@pytest.mark.parametrize("one, other", DIFFERENT)
+def test_different(one, other):
+    assert not equivalent(one, other) and not equivalent(other, one)
+
+
+@given(st.integers(-999, 999), st.integers(1, 99))
+@settings(deadline=None)
+def test_spellings_of_a_fraction(over, under):
+    value, sign = Fraction(over, under), "-" if over < 0 else ""
+    whole, rest = divmod(abs(over), under)
+    spellings = [f"{over}/{under}", rf"{sign}\frac{{{abs(over)}}}{{{under}}}", rf"\dfrac{{{2 * over}}}{{{2 * under}}}", rf"${over} \div {under}$", str(value)]
+    spellings += [rf"{sign}{whole}\frac{{{rest}}}{{{under}}}"] if whole and rest else []
+    for spelling in spellings:
+        assert equivalent(spelling, str(value)), spelling
+        assert not equivalent(spelling, str(value + Fraction(1, 9801))), spelling
+
+
+@given(st.lists(st.integers(-9, 9), min_size=2, max_size=3), st.integers(1, 9))
+@settings(deadline=None, max_examples=25)
+def test_expanded_products(roots, factor):
+    coefficients = [factor]
+    for root in roots:  # times (x - root)
+        coefficients = [high - root * low for high, low in zip([*coefficients, 0], [0, *coefficients], strict=True)]
+    powers = range(len(roots), -1, -1)
+    product = str(factor) + "".join(f"(x - {root})".replace("- -", "+ ") for root in roots)
+    expanded = " + ".join(f"{coefficient}x^{{{power}}}" for coefficient, power in zip(coefficients, powers, strict=True))
+    assert equivalent(product, expanded.replace("+ -", "- "))
+    assert not equivalent(product, expanded + "+1")
+
+
+def test_hostile_answers_neither_run_nor_hang(tmp_path, monkeypatch):
+    monkeypatch.setattr(symbolic, "CPU_SECONDS", 0.5)
+    monkeypatch.setattr(math_answers, "_worker", math_answers._Worker())
+    for text in (f"open('{tmp_path}/made', 'w')", "__import__('os').system('true')", "(" * 990, "{" * 990, "9" * 990, r"\text{" * 100, "99!!!!", "9" * 9999):
+        assert not equivalent(text, "x+1")
+    assert not list(tmp_path.iterdir())
+    worker = math_answers._worker._process
+    assert not equivalent("9^{9^{9^{9}}}", "x+1"), "this one is ended by the kernel"
+    assert worker.poll() is not None
+    assert equivalent("x+1", "1+x+0"), "and the next gets a new worker"
+
+
+def test_long_and_broken_solutions_take_no_time():
+    boxes = (r"\boxed{" * 20_000, r"\boxed{1}" * 20_000, r"\boxed{" + "9" * 5000 + "}")
+    for text in (*boxes, "answer is " * 10_000, "answer:" + " " * 100_000, "#### " + "9" * 5000):
+        start = time.time()
+        assert not any(correct(dataset, text, "7") for dataset in math_answers.DATASETS)
+        assert time.time() - start < 10
+
+
+@pytest.mark.parametrize(
+    "generated, expected",
+    [
+        (r"so $x = \boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
+        (r"\boxed{1} no, \boxed{2}", "2"),
+        (r"\boxed{1} and \boxed{2", "1"),
+        (r"\boxed{1} and \boxed{ }", "1"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\fbox{3}", "3"),
+        (r"\boxed 5", "5"),
+        ("**Final Answer:** $7$. I hope it is right.", "$7$"),
+        ("The answer is 1.5.\nDone.", "1.5"),
+        ("It is 7.", ""),
+    ],
+)
+def test_boxed(generated, expected):
+    assert boxed(generated) == expected
+
+
+@pytest.mark.parametrize(
+    "generated, expected",
+    [
+        ("3 + 4 = 7\n#### 7", "7"),
+        ("#### 1,450 dollars for 3 days", "1450"),
+        ("#### -$2.50", "-2.50"),
+        ("#### none", ""),
+        (r"so \boxed{18} eggs in 3 days", "18"),
+        ("He pays $1,000,000 a year.", "1000000"),
+        ("16-3 is left", "3"),
+        ("minus: -3.", "-3"),
+        ("none", ""),
+    ],
+)
+def test_last_number(generated, expected):
+    assert last_number(generated) == expected
+
+
+@pytest.mark.parametrize(
+    "dataset, generated, answer, expected",
+    [
+        ("gsm8k", "#### 18.00", "18", True),
+        ("gsm8k", "The answer is 18.", "16 - 3 = 13\n#### 18", True),
+        ("gsm8k", "The answer is 81.", "18", False),
+        ("gsm8k", "no idea", "none", False),
+        ("math500", r"\boxed{x^2-1}", "(x+1)(x-1)", True),
+        ("math500", "(x+1)(x-1)", "(x+1)(x-1)", False),
+        ("aime24", r"\boxed{73}", "073", True),
+        ("aime24", r"\boxed{m+n=073}", "73", True),
+        ("aime25", r"\boxed{\textbf{(113)}}", "113", True),
+        ("aime25", r"\boxed{113.5}", "113", False),
+        ("aime25", r"\boxed{1113}", "1113", False),
+        ("aime25", "113", "113", False),
+    ],
+)
+def test_correct(dataset, generated, answer, expected):
+    assert correct(dataset, generated, answer) is expected
+
+
+def test_errors(monkeypatch):
+    with pytest.raises(ValueError, match="'gsm'; those of mathematics are gsm8k, math500, aime24, aime25"):
+        correct("gsm", "", "")
+    monkeypatch.setattr(math_answers, "_worker", math_answers._Worker())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert equivalent("1/2", "0.5"), "numbers do without sympy"
+    with pytest.raises(ImportError, match="sympy"):
+        equivalent("x+1", "1+x")
