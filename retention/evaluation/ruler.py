@@ -178,7 +178,7 @@ def score(task: str, answer: tuple[str, ...], generated: str) -> float:
     These are the benchmark's own measures, by substring. Raises ValueError for an unknown task.
     """
     _check(task)
-    found = [one.lower() in generated.lower() for one in answer]
+    found = [ruler_documents.holds(generated, (one,)) for one in answer]
     return float(any(found)) if task in QA else sum(found) / len(found)
 
 

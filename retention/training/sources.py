@@ -25,7 +25,18 @@ class Source(Protocol):
         """At least one token."""
 
 
-class Facts:
+class _Endless:
+    """Documents made of the prose of `path` as they are asked for, each from a generator of its own."""
+
+    def __init__(self, path: str, length: int, seed: int):
+        self._texts, self._length, self._seed = text.load(path), length, seed
+        self.report = {"documents": ENDLESS, "skipped": {}, "first": {}}
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+
+class Facts(_Endless):
     """Prose with planted facts and chat turns that ask for them, in SmolLM's chat format (see documents.py). Nearly `length` tokens each."""
 
     answers = True
@@ -33,11 +44,7 @@ class Facts:
     def __init__(self, path: str, length: int, seed: int):
         if length < 192:
             raise ValueError(f"data.length must be at least 192 tokens to hold a fact and a question, not {length}")
-        self._texts, self._length, self._seed = text.load(path), length, seed
-        self.report = {"documents": ENDLESS, "skipped": {}, "first": {}}
-
-    def __len__(self) -> int:
-        return ENDLESS
+        super().__init__(path, length, seed)
 
     def document(self, index: int, tokenizer: Tokenizer) -> Document:
         rng = np.random.default_rng((self._seed, index))
@@ -46,17 +53,10 @@ class Facts:
         return tokens, np.repeat([answer for _, answer in parts], [len(part) for part, _ in parts])
 
 
-class Prose:
+class Prose(_Endless):
     """Prose from a random sentence's start, `length` tokens."""
 
     answers = False
-
-    def __init__(self, path: str, length: int, seed: int):
-        self._texts, self._length, self._seed = text.load(path), length, seed
-        self.report = {"documents": ENDLESS, "skipped": {}, "first": {}}
-
-    def __len__(self) -> int:
-        return ENDLESS
 
     def document(self, index: int, tokenizer: Tokenizer) -> Document:
         rng = np.random.default_rng((self._seed, index))
