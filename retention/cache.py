@@ -37,13 +37,25 @@ class Cache(NamedTuple):
     buffer_position: jax.Array  # [B, W] int32
     buffered: jax.Array  # [B] int32, tokens in the write buffer
     seen: jax.Array  # [B] int32, tokens ever appended: the next token's position
+    noted: dict  # what else the policy has noted about the tokens seen, arrays by name; empty for most
 
 
-def init(layers: int, kv_heads: int, head_dim: int, budget, slots: int, buffer: int, dtype=jnp.float32) -> Cache:
+class Streams(NamedTuple):
+    """The streams of one layer, each dense and in time order: its pool segment, then the buffer. Rows that are not live are zeros."""
+
+    keys: jax.Array  # [B, H, N, D]
+    values: jax.Array  # [B, H, N, D]
+    stat: jax.Array  # [B, H, N] float32
+    position: jax.Array  # [B, H, N] int32
+    live: jax.Array  # [B, H, N] bool
+
+
+def init(layers: int, kv_heads: int, head_dim: int, budget, slots: int, buffer: int, dtype=jnp.float32, noted: dict | None = None) -> Cache:
     """An empty cache.
 
     Args:
       budget: [B] ints, M for each sequence. slots: C, at least S * max(budget); 0 for the full cache. buffer: W, tokens the write buffer holds.
+      noted: what `Cache.noted` begins with.
     """
     budget = jnp.asarray(budget, jnp.int32)
     batch, streams = budget.shape[0], layers * kv_heads
@@ -61,6 +73,7 @@ def init(layers: int, kv_heads: int, head_dim: int, budget, slots: int, buffer: 
         buffer_position=jnp.zeros((batch, buffer), jnp.int32),
         buffered=jnp.zeros(batch, jnp.int32),
         seen=jnp.zeros(batch, jnp.int32),
+        noted=noted or {},
     )
 
 
@@ -134,75 +147,130 @@ def raise_floor(keys: jax.Array, stream: jax.Array, floor: int) -> jax.Array:
     return jax.vmap(raise_row)(keys, stream)
 
 
-def select(cache: Cache, score: Callable, scope: str, sinks: int = 0, window: int = 0, floor: int = 0) -> Cache:
+def pool_streams(cache: Cache) -> jax.Array:
+    """[B, C] int32, the stream that each slot belongs to; any for those past the end."""
+    slot = jnp.arange(cache.position.shape[1], dtype=jnp.int32)
+    stream = jax.vmap(lambda starts: jnp.searchsorted(starts, slot, side="right").astype(jnp.int32) - 1)(cache.starts)
+    return jnp.clip(stream, 0, cache.starts.shape[1] - 2)
+
+
+def streams_of(cache: Cache, layer: jax.Array, longest: int) -> Streams:
+    """The streams of `layer`, of N = longest + W entries each. No pool segment may be longer than `longest`."""
+    slots, heads, width = cache.position.shape[1], cache.buffer_stat.shape[2], cache.buffer_stat.shape[3]
+    stream = layer * heads + jnp.arange(heads)
+    # [B, H, 1]
+    start, length = cache.starts[:, stream, None], (cache.starts[:, stream + 1] - cache.starts[:, stream])[..., None]
+    entry = jnp.arange(longest + width, dtype=jnp.int32)
+    # [B, H, N]
+    pooled = entry < length
+    live = pooled | (entry - length < cache.buffered[:, None, None])
+    slot, place = jnp.clip(start + entry, 0, slots - 1), jnp.clip(entry - length, 0, width - 1)
+
+    def pick(pool, buffer):
+        new = jnp.take_along_axis(buffer, place.reshape(place.shape + (1,) * (buffer.ndim - 3)), axis=2)
+        if slots:
+            old = jax.vmap(lambda row, i: row[i])(pool, slot)
+            new = jnp.where(pooled.reshape(pooled.shape + (1,) * (new.ndim - 3)), old, new)
+        return jnp.where(live.reshape(live.shape + (1,) * (new.ndim - 3)), new, 0)
+
+    position = jnp.broadcast_to(cache.buffer_position[:, None], (*start.shape[:2], width))
+    return Streams(
+        pick(cache.keys, cache.buffer_keys[layer]),
+        pick(cache.values, cache.buffer_values[layer]),
+        pick(cache.stat, cache.buffer_stat[layer]),
+        pick(cache.position, position),
+        live,
+    )
+
+
+def scatter_streams(cache: Cache, dense: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """dense [L, B, H, N], a number for each entry as `streams_of` orders them -> [B, C] for the pool's and [B, S, W] for the buffer's."""
+    layers, batch, heads, entries = dense.shape
+    slots, width = cache.position.shape[1], cache.buffer_stat.shape[3]
+    # [B, S, N]
+    dense = jnp.moveaxis(dense, 1, 0).reshape(batch, layers * heads, entries)
+    length = cache.starts[:, 1:] - cache.starts[:, :-1]
+    new = jnp.take_along_axis(dense, jnp.minimum(length[..., None] + jnp.arange(width), entries - 1), axis=2)
+    if not slots:
+        return jnp.zeros((batch, 0), dense.dtype), new
+    stream, row = pool_streams(cache), jnp.arange(batch)[:, None]
+    return dense[row, stream, jnp.clip(jnp.arange(slots) - cache.starts[row, stream], 0, entries - 1)], new
+
+
+def entry_scores(cache: Cache, score: Callable) -> tuple[jax.Array, jax.Array]:
+    """What score(stat, position, seen) -> float32 of their common shape gives for pool [B, C] and buffer [B, S, W]."""
+    batch, _ = cache.position.shape
+    layers, _, heads, width = cache.buffer_stat.shape
+    stat = jnp.moveaxis(cache.buffer_stat, 1, 0).reshape(batch, layers * heads, width)
+    position = jnp.broadcast_to(cache.buffer_position[:, None], stat.shape)
+    return score(cache.stat, cache.position, cache.seen[:, None]), score(stat, position, cache.seen[:, None, None])
+
+
+def select(
+    cache: Cache,
+    scores: tuple[jax.Array, jax.Array],
+    scope: str,
+    sinks: int = 0,
+    window: int | jax.Array = 0,
+    floor: int = 0,
+    layer_budgets: jax.Array | None = None,
+) -> Cache:
     """One eviction: ranks pool and buffer together, keeps the best within the budget, and compacts them into the pool; the buffer ends empty.
 
     Args:
-      score: (stat, position, seen) -> float32 of their common shape; higher stays.
+      scores: of the pool's entries [B, C] and of the buffer's [B, S, W], float32; higher stays.
       scope: what competes for what. "global": all entries of a sequence for S*M slots; "layer": each layer's for H*M; "head": each stream's for M;
         "shared": tokens for M, each kept in all streams or in none, by its mean score over streams.
-      sinks, window: the first and the newest positions that always stay. sinks + window + floor <= M.
+      sinks, window: the first and the newest positions that always stay; window may be [B]. sinks + window + floor <= M.
       floor: entries that every stream keeps whatever the others score (scope global).
+      layer_budgets: [B, L] int32, what stands for M in each layer (scope head): at most 2M, and M on average.
     """
     batch, slots = cache.position.shape
     layers, _, heads, width = cache.buffer_stat.shape
     streams = layers * heads
+    window = jnp.broadcast_to(window, (batch,))
 
-    def keys_of(stat, position, valid):
-        seen = cache.seen.reshape(batch, *[1] * (stat.ndim - 1))
-        protected = (position < sinks) | (position >= seen - window)
-        return ordered_keys(score(stat, position, seen), valid, protected)
+    def keys_of(score, position, valid):
+        newest = (cache.seen - window).reshape(batch, *[1] * (score.ndim - 1))
+        return ordered_keys(score, valid, (position < sinks) | (position >= newest))
 
-    # The pool's entries, [B, C], and which of them are live.
+    old_score, new_score = scores
+    # The pool's entries, [B, C], and which of them are live; the buffer's, [B, S, W].
     slot = jnp.arange(slots, dtype=jnp.int32)
     live = slot < cache.starts[:, -1:]
-
-    def pool_streams():
-        """[B, C] int32, the stream that each slot belongs to; any for those past the end."""
-        stream = jax.vmap(lambda starts: jnp.searchsorted(starts, slot, side="right").astype(jnp.int32) - 1)(cache.starts)
-        return jnp.clip(stream, 0, streams - 1)
-
-    # The buffer's, [B, S, W].
-    new_stat = jnp.moveaxis(cache.buffer_stat, 1, 0).reshape(batch, streams, width)
-    new_position = jnp.broadcast_to(cache.buffer_position[:, None], new_stat.shape)
-    new_live = jnp.broadcast_to((jnp.arange(width) < cache.buffered[:, None])[:, None], new_stat.shape)
+    new_position = jnp.broadcast_to(cache.buffer_position[:, None], new_score.shape)
+    new_live = jnp.broadcast_to((jnp.arange(width) < cache.buffered[:, None])[:, None], new_score.shape)
 
     if scope == "global":
-        keys = jnp.concatenate(
-            [
-                keys_of(cache.stat, cache.position, live),
-                keys_of(new_stat, new_position, new_live).reshape(batch, streams * width),
-            ],
-            axis=1,
-        )
+        new_keys = keys_of(new_score, new_position, new_live).reshape(batch, streams * width)
+        keys = jnp.concatenate([keys_of(old_score, cache.position, live), new_keys], axis=1)
         if floor:
             new_stream = jnp.broadcast_to(jnp.repeat(jnp.arange(streams, dtype=jnp.int32), width), (batch, streams * width))
-            keys = raise_floor(keys, jnp.concatenate([pool_streams(), new_stream], axis=1), floor)
+            keys = raise_floor(keys, jnp.concatenate([pool_streams(cache), new_stream], axis=1), floor)
     else:
         # Groups of streams that compete among themselves; a group's slots are contiguous, and it owns at most its share of C.
         groups = {"layer": layers, "head": streams, "shared": streams}[scope]
-        share, members = slots // groups, streams // groups
+        members = streams // groups
+        limit = jnp.broadcast_to(members * cache.budget[:, None], (batch, groups))
+        share = slots // groups
+        if layer_budgets is not None:
+            limit, share = jnp.repeat(layer_budgets, groups // layers, axis=1), min(slots, 2 * share)
         group_start = cache.starts[:, ::members]
         # [B, groups, share]
         index = group_start[:, :-1, None] + jnp.arange(share)
         inside = index < group_start[:, 1:, None]
         gather = functools.partial(jax.vmap(lambda row, i: row[i]), i=jnp.minimum(index, slots - 1))
-        old_stat, old_position = gather(cache.stat), gather(cache.position)
+        old_score, old_position = gather(old_score), gather(cache.position)
         if scope == "shared":
-            seen = cache.seen[:, None, None]
-            pooled = [jnp.mean(score(s, p, seen), axis=1, keepdims=True) for s, p in ((old_stat, old_position), (new_stat, new_position))]
-            old_key, new_key = (
-                ordered_keys(s, v[:, :1], (p[:, :1] < sinks) | (p[:, :1] >= seen - window))
-                for s, p, v in zip(pooled, (old_position, new_position), (inside, new_live), strict=True)
-            )
+            old_score, new_score = (jnp.mean(score, axis=1, keepdims=True) for score in (old_score, new_score))
+            old_key, new_key = keys_of(old_score, old_position[:, :1], inside[:, :1]), keys_of(new_score, new_position[:, :1], new_live[:, :1])
             keep = top_k_mask(jnp.concatenate([old_key, new_key], axis=2), cache.budget[:, None])
             keep = jnp.broadcast_to(keep, (batch, streams, share + width))
         else:
-            old_key = keys_of(old_stat, old_position, inside)
-            new_key = keys_of(new_stat, new_position, new_live).reshape(batch, groups, members * width)
-            limit = jnp.broadcast_to(members * cache.budget[:, None], (batch, groups))
+            old_key = keys_of(old_score, old_position, inside)
+            new_key = keys_of(new_score, new_position, new_live).reshape(batch, groups, members * width)
             keep = top_k_mask(jnp.concatenate([old_key, new_key], axis=2), limit)
-        group = pool_streams() // members
+        group = pool_streams(cache) // members
         row = jnp.arange(batch)[:, None]
         old_keep = live & keep[row, group, jnp.clip(slot - group_start[row, group], 0, share - 1)]
         # What is chosen outranks all else, and nothing else is valid: the selection below keeps it and finds its places.
@@ -237,4 +305,4 @@ def kept_entries(cache: Cache) -> np.ndarray:
 
 def allocated_bytes(cache: Cache) -> int:
     """Bytes of all the cache's arrays, over the whole batch."""
-    return sum(leaf.nbytes for leaf in cache)
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(cache))

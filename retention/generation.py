@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import numbers
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ class Generation:
     stats: Stats
 
 
-def check_budget(budget, sinks: int, window: int, floor: int) -> None:
+def check_budget(budget, sinks: int, window: int | Callable, floor: int) -> None:
     """Raises ValueError for a budget that is no budget, or too small for what is protected."""
     if budget is None:
         return
@@ -59,7 +59,8 @@ def check_budget(budget, sinks: int, window: int, floor: int) -> None:
         check_protected(budget, sinks, window, floor)
 
 
-def check_protected(budget: int, sinks: int, window: int, floor: int) -> None:
+def check_protected(budget: int, sinks: int, window: int | Callable, floor: int) -> None:
+    window = int(window(budget)) if callable(window) else window
     if budget < sinks + window + floor:
         part = f" + floor = {sinks} + {window} + {floor}" if floor else f" = {sinks} + {window}"
         raise ValueError(f"budget {budget} is smaller than sinks + window{part}, which are always kept; raise it or protect fewer")
@@ -83,7 +84,7 @@ class Rows:
         batch: int,
         budget: int | float | None,
         policy: str | policies.Policy = "retention",
-        scope: str = "global",
+        scope: str | None = None,
         prefill_chunk: int | None = 256,
         sinks: int | None = None,
         window: int | None = None,
@@ -91,8 +92,11 @@ class Rows:
         policy = policies.get(policy) if isinstance(policy, str) else policy
         if not isinstance(policy, policies.Policy):
             raise ValueError(f"policy must be one of {', '.join(policies.names())}, or a Policy, got {policy!r}")
+        scope = policy.scope if scope is None else scope
         if scope not in cache_lib.SCOPES:
             raise ValueError(f"unknown scope {scope!r}: known are {', '.join(cache_lib.SCOPES)}")
+        if scope not in policy.scopes:
+            raise ValueError(f"this policy makes no sense under scope={scope!r}; its scope may be {' or '.join(policy.scopes)}")
         for name, value in (("sinks", sinks), ("window", window)):
             if value is not None and (not isinstance(value, numbers.Integral) or value < 0):
                 raise ValueError(f"{name} must be a whole number of tokens, 0 or more, or None for the policy's own, got {value!r}")
@@ -103,7 +107,7 @@ class Rows:
             sinks = policy.sinks
             if sinks is None:
                 sinks = trained.config.sinks if trained else 0
-        window = policy.window if window is None else window
+        window = policy.window if window is None else int(window)
         check_budget(budget, sinks, window, policy.floor)
         if policy.floor and scope != "global":
             raise ValueError(f"a policy with a floor needs scope='global', got scope={scope!r}; the other scopes fix each share already")
@@ -112,11 +116,8 @@ class Rows:
         self.budget = None if policy.score is None or whole else budget
         if self.budget is None:
             policy = policies.get("full")
-        elif policy.gated and trained is None:
-            raise ValueError("this policy ranks by learned gates and the model has none: load it with gates='shipped' or the path of trained gates")
         self.model, self.batch = model, batch
-        self.plan = Plan(model.config, trained.config if policy.gated else None, policy, scope, int(sinks), int(window))
-        self.gates = trained.params if policy.gated else None
+        self._follow(policy, scope, int(sinks), window)
         self.one_shot = prefill_chunk is None
         self.width = prefill_chunk or CHUNK
         self.piece = min(PIECE, self.width)
@@ -125,6 +126,14 @@ class Rows:
         self.most_seen = 0  # of any sequence, at most: what the host knows without asking the device
         self.warned = False
         self.settled = True  # the write buffer is empty, or the full cache
+
+    def _follow(self, policy: policies.Policy, scope: str, sinks: int, window: int | Callable) -> None:
+        trained = self.model.gates
+        if policy.gated and trained is None:
+            raise ValueError("this policy ranks by learned gates and the model has none: load it with gates='shipped' or the path of trained gates")
+        self.window = window
+        self.plan = Plan(self.model.config, trained.config if policy.gated else None, policy, scope, sinks, None if callable(window) else window)
+        self.gates = trained.params if policy.gated else None
 
     @property
     def evicts(self) -> bool:
@@ -141,11 +150,13 @@ class Rows:
         else:
             budgets = [max(1, int(self.budget * length)) for length in lengths]
             for budget in budgets:
-                check_protected(budget, self.plan.sinks, self.plan.window, self.plan.policy.floor)
+                check_protected(budget, self.plan.sinks, self.window, self.plan.policy.floor)
             slots = config.streams * roomy(max(budgets))
+        dtype = self.model.params["embed"].dtype
         self.cache = cache_lib.init(
-            config.layers, config.kv_heads, config.head_dim, budgets, slots, self.width, self.model.params["embed"].dtype
-        )
+            config.layers, config.kv_heads, config.head_dim, budgets, slots, self.width, dtype,
+            programs.nothing_noted(config, self.plan.policy, self.batch, dtype),
+        )  # fmt: skip
 
     def _room(self, tokens: int) -> None:
         """Makes the write buffer long enough for `tokens`."""
@@ -158,11 +169,22 @@ class Rows:
         if self.most_seen > trained_for and not self.warned:
             self.warned = True
             warnings.warn(f"{self.most_seen} tokens are beyond the {trained_for} that this model was trained for; answers may degrade", stacklevel=4)
+        policy = self.plan.policy
+        if self.evicts and (policy.streams or policy.attended):
+            slots, config = self.cache.position.shape[1], self.model.config
+            share = slots // config.streams
+            # A stream may hold its share, its layer's, or, competing with all, everything that it has seen.
+            longest = {"head": share, "shared": share, "layer": config.kv_heads * share, "global": min(slots, roomy(self.most_seen))}[self.plan.scope]
+            longest = min(slots, 2 * longest) if policy.layer_budgets else longest
+            self.plan = dataclasses.replace(self.plan, longest=longest)
+
+    def _evict(self) -> None:
+        self.cache = programs.evict(self.plan, self.cache)
 
     def settle(self) -> None:
         """Ends a decode, finished or abandoned, with a selection: the buffer is then free for the next tokens."""
         if self.evicts and not self.settled:
-            self.cache = programs.evict(self.plan, self.cache)
+            self._evict()
         self.settled = True
 
     def append(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -177,22 +199,65 @@ class Rows:
             self._room(self.most_seen + chunk)
         elif self.one_shot:
             self._room(max(lengths) + chunk)
+        rereads = self.plan.policy.reread > 0
         for begin in range(0, max(lengths), chunk):
             left = max(lengths) - begin
             # The last chunk is cut to the next power of two: a short question should not cost a whole chunk.
             size = min(chunk, max(32, 1 << (left - 1).bit_length()))
-            tokens = np.zeros((self.batch, size), np.int32)
-            valid = np.zeros(self.batch, np.int32)
-            for row, prompt in enumerate(prompts):
-                part = prompt[begin : begin + size]
-                tokens[row, : len(part)] = part
-                valid[row] = len(part)
-            last = left <= size
+            parts = [prompt[begin : begin + size] for prompt in prompts]
+            tokens, valid = padded(parts, size)
+            evict = self.evicts and (left <= size or not self.one_shot)
             self.cache, self.logits = programs.prefill(
-                self.plan, self.model.params, self.gates, self.cache, tokens, valid, self.logits, evict=self.evicts and (last or not self.one_shot)
+                self.plan, self.model.params, self.gates, self.cache, tokens, valid, self.logits, evict=evict and not rereads
             )
+            if evict and rereads:
+                self._reread(prompts if self.one_shot else parts)
+                self._evict()
+        if not self.evicts and rereads:
+            self._reread(prompts)
         if self.evicts and self.one_shot:
             self.cache = cache_lib.with_buffer(self.cache, self.width)
+
+    def _reread(self, read: Sequence[Sequence[int]]) -> None:
+        """Reads the newest tokens of each sequence, which the buffer ends with, once more, as many at a time as the policy says."""
+        chunk, before = self.plan.policy.reread, self.cache.buffered - jnp.asarray([len(tokens) for tokens in read], jnp.int32)
+        for begin in range(0, max(map(len, read)), chunk):
+            parts = [tokens[begin : begin + chunk] for tokens in read]
+            asking = [request(self.model, tokens[:begin]) + list(part) if part else [] for tokens, part in zip(read, parts, strict=True)]
+            tokens, valid = padded(asking, roomy(max(map(len, asking))))
+            count = np.array([len(part) for part in parts], np.int32)
+            self.cache = programs.reread(self.plan, self.model.params, self.cache, tokens, valid, before + begin, count)
+
+    def fork(self) -> "Rows":
+        """The same sequences, to go on by themselves."""
+        other = object.__new__(Rows)
+        other.__dict__.update(self.__dict__)
+        # Programs consume the cache they are given, so the two may not share arrays.
+        other.cache = jax.tree.map(jnp.copy, self.cache)
+        return other
+
+    def compress(
+        self, budget: int | float, policy: str, scope: str | None = None, sinks: int | None = None, window: int | None = None, prefill_chunk: int = 256
+    ) -> "Rows":
+        """What one-shot prefill under this policy would have left, from rows that `read` made for it, which stay as they are. Arguments as in `generate`.
+
+        Raises ValueError for a policy that they were not read for.
+        """
+        other = Rows(self.model, self.batch, budget, policy, scope, prefill_chunk, sinks, window)
+        policy = other.plan.policy
+        if self.evicts or not served(policy, self.plan.policy):
+            raise ValueError("these rows were not read for this policy; name it to generation.read")
+        other._open([int(seen) for seen in self.cache.seen])
+        other.logits, other.most_seen, other.warned = self.logits, 0, True
+        other._saw(self.most_seen)
+        noted = {name: self.cache.noted[name] for name in other.cache.noted}
+        if policy.queries:
+            noted["queries"] = noted["queries"][:, :, -policy.queries :]
+        held = {name: x for name, x in self.cache._asdict().items() if name.startswith("buffer") or name == "seen"}
+        other.cache = other.cache._replace(**jax.tree.map(jnp.copy, {**held, "noted": noted}))
+        other._evict()
+        other.cache = cache_lib.with_buffer(other.cache, other.width)
+        return other
 
     def decode(self, max_new_tokens: int, temperature: float, top_p: float, seed: int, stop: Sequence[int]) -> Iterator[np.ndarray]:
         """Yields [B, piece] tokens at a time, -1 past a sequence's end, until all have ended or have max_new_tokens."""
@@ -225,6 +290,74 @@ class Rows:
         return Stats(kept, capacity, cache_lib.allocated_bytes(self.cache) // self.batch, int(self.cache.seen[row]))
 
 
+def padded(rows: Sequence[Sequence[int]], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """[B, size] int32 tokens, zeros behind each row's, and [B] int32 how many each has."""
+    tokens, valid = np.zeros((len(rows), size), np.int32), np.array([len(row) for row in rows], np.int32)
+    for row, own in enumerate(rows):
+        tokens[row, : len(own)] = own
+    return tokens, valid
+
+
+def request(model: Model, before: Sequence[int]) -> list[int]:
+    """What asks the model to repeat the part of the context that follows `before` (KVzip). Without a tokenizer nothing asks."""
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        return []
+    text = "\n\nRepeat the part of the previous context exactly, starting with" if before else "\n\nRepeat the previous context exactly."
+    answer = tokenizer.chat([{"role": "user", "content": text}]).split(text)[-1] if tokenizer.chat_template else "\n"
+    return tokenizer.encode(text, bos=False) + list(before[-8:]) + tokenizer.encode(answer, bos=False)
+
+
+def served(policy: policies.Policy, reader: policies.Policy) -> bool:
+    """Whether all that `policy` needs of a reading is in one by `reader`."""
+    same = ("stat", "gated", "hidden", "entropy", "attended", "reread")
+    return (
+        all(getattr(policy, name) == getattr(reader, name) for name in same)
+        and policy.queries <= reader.queries
+        and policy.moments in (None, reader.moments)
+        and (not policy.reread or policy.sinks == reader.sinks)
+    )
+
+
+def together(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """The policies in groups that one reading serves, see `read`."""
+    groups: list[list[str]] = []
+    for name in names:
+        for group in groups:
+            try:
+                reader([*group, name])
+            except ValueError:
+                continue
+            group.append(name)
+            break
+        else:
+            groups.append([name])
+    return [tuple(group) for group in groups]
+
+
+def reader(names: Sequence[str]) -> policies.Policy:
+    """A policy that never evicts and notes what all of these need. Raises ValueError if no reading serves them all."""
+    members = [policies.get(name) for name in names]
+    moments = [policy.moments for policy in members if policy.moments is not None]
+    union = dataclasses.replace(members[0], score=None, queries=max(p.queries for p in members), moments=min(moments, default=None))
+    apart = [name for name, policy in zip(names, members, strict=True) if not served(policy, union)]
+    if apart:
+        raise ValueError(f"policies {', '.join(names)} cannot share a reading: {', '.join(apart)} stores something else than {names[0]}; see `together`")
+    return union
+
+
+def read(model: Model, names: Sequence[str], prompts: Sequence[Sequence[int]]) -> Rows:
+    """The full cache of these prompts (token ids), which `Rows.compress` then compresses by any of the policies: one prefill for all of them.
+
+    Raises ValueError if no reading serves them all.
+    """
+    rows = Rows(model, len(prompts), None)
+    union = reader(names)
+    rows._follow(union, "global", union.sinks or 0, 0)
+    rows.append(prompts)
+    return rows
+
+
 def check_sampling(max_new_tokens, temperature, top_p) -> None:
     if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
@@ -250,7 +383,7 @@ def generate(
     prompts: Sequence[str],
     budget: int | float | None = 256,
     policy: str | policies.Policy = "retention",
-    scope: str = "global",
+    scope: str | None = None,
     max_new_tokens: int = 64,
     prefill_chunk: int | None = 256,
     sinks: int | None = None,
@@ -266,7 +399,8 @@ def generate(
       prompts: texts, raw unless `chat`, which puts each into the model's chat template as a user's turn.
       budget: M, tokens per stream on average (int); a fraction in (0, 1] of each prompt's tokens (float); None: the full cache. As many tokens as
         the model was trained for, or more, are the full cache too.
-      policy: a name of retention.policies.names(), or a Policy; "full" never evicts. scope: "global", "layer", "head" or "shared".
+      policy: a name of retention.policies.names(), or a Policy; "full" never evicts. scope: what competes for the budget, "global", "layer", "head" or
+        "shared"; None: the policy's own, which of retention is "global".
       prefill_chunk: tokens between evictions, in prefill and in decoding; None: one-shot prefill, then one eviction.
       sinks, window: protected first and newest positions; None: the policy's own.
       temperature: 0 is greedy. top_p: sampling keeps the fewest tokens that hold this probability.
@@ -295,7 +429,7 @@ class Session:
         model: Model,
         budget: int | float | None = 256,
         policy: str | policies.Policy = "retention",
-        scope: str = "global",
+        scope: str | None = None,
         prefill_chunk: int | None = 256,
         sinks: int | None = None,
         window: int | None = None,
@@ -343,10 +477,7 @@ class Session:
     def fork(self) -> "Session":
         """A session with a copy of this one's cache: several questions can be asked of one context."""
         other = object.__new__(Session)
-        other._rows = object.__new__(Rows)
-        other._rows.__dict__.update(self._rows.__dict__)
-        # Programs consume the cache they are given, so the two may not share arrays.
-        other._rows.cache = jax.tree.map(jnp.copy, self._rows.cache)
+        other._rows = self._rows.fork()
         return other
 
     def kept(self) -> list[list[np.ndarray]]:

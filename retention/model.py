@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from retention.attention import retention_attention
+from retention.rope import apply_rope
 
 # attend(carry, x, q [B,T,H,G,D], k [B,T,H,D], v [B,T,H,D], h [B,T,E]) -> (carry, out [B,T,H,G,D], y)
 # carry threads through the layers (a cache), x is this layer's slice of the scanned inputs (its index, its gate), h is the output of the input norm,
@@ -107,14 +108,6 @@ def rope_frequencies(config: Config) -> tuple[jax.Array, float]:
     raise NotImplementedError(f"rope_scaling.kind {scaling.kind!r} is not supported; linear, llama3 and yarn are")
 
 
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates x [B,T,...,D], half-split as Hugging Face stores it, by cos and sin [B,T,D/2]."""
-    shape = cos.shape[:2] + (1,) * (x.ndim - 3) + cos.shape[2:]
-    cos, sin = cos.reshape(shape), sin.reshape(shape)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 class Layer(nnx.Module):
     """One block. Matrices are [in, out]: as two-dimensional products they are what XLA multiplies fastest on every platform."""
 
@@ -180,7 +173,7 @@ class Decoder(nnx.Module):
         if not config.tie_embeddings:
             self.head = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.embed_dim, config.vocab_size)))
 
-    def __call__(self, tokens, positions, attend: Attend, carry=None, layer_inputs=None, remat=False, place=lambda x, layer: (x, layer)):
+    def __call__(self, tokens, positions, attend: Attend, carry=None, layer_inputs=None, remat=False, place=lambda x, layer: (x, layer), outputs=False):
         """Runs all layers.
 
         Args:
@@ -188,9 +181,10 @@ class Decoder(nnx.Module):
           attend: see `Attend`. carry: its state before the first layer. layer_inputs: pytree of [L, ...] arrays, sliced a layer at a time.
           remat: recompute each layer in the backward pass instead of keeping its activations.
           place: (x [B, T, E], a layer's parameters) -> both, on entering each layer: where training on many devices says what lies where.
+          outputs: return what each block puts out too.
 
         Returns:
-          hidden [B, T, E] after the final norm, the last carry, and the layers' y stacked to [L, ...].
+          hidden [B, T, E] after the final norm, the last carry, and the layers' y stacked to [L, ...]; with `outputs` (y, x [L, B, T, E]) in its place.
         """
         frequency, factor = rope_frequencies(self.config)
         # [B, T, D/2]
@@ -203,7 +197,7 @@ class Decoder(nnx.Module):
             x, layer = place(state[0], nnx.to_pure_dict(params))
             nnx.replace_by_pure_dict(params, layer)
             x, carry, y = nnx.merge(graph, params)(x, cos, sin, attend, state[1], layer_input)
-            return (x, carry), y
+            return (x, carry), (y, x) if outputs else y
 
         # A scan keeps its iterations apart, so that nothing need be done against common subexpressions.
         block = jax.checkpoint(block, prevent_cse=False) if remat else block

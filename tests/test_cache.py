@@ -50,7 +50,7 @@ def by_stat(stat, position, seen):
 
 @functools.partial(jax.jit, static_argnames=("scope", "sinks", "window", "floor"))
 def select(cache, scope, sinks=0, window=0, floor=0):
-    return cache_lib.select(cache, by_stat, scope, sinks, window, floor)
+    return cache_lib.select(cache, cache_lib.entry_scores(cache, by_stat), scope, sinks, window, floor)
 
 
 append = jax.jit(cache_lib.append)

@@ -19,8 +19,22 @@ def random_prompts(lengths, vocab=61, seed=0):
     return [rng.integers(0, vocab, length).tolist() for length in lengths]
 
 
-def rows(model, batch, budget, policy="retention", scope="global", chunk=16, sinks=None, window=None):
+def rows(model, batch, budget, policy="retention", scope=None, chunk=16, sinks=None, window=None):
     return Rows(model, batch, budget, policy, scope, chunk, sinks, window)
+
+
+def every_policy(evicts=True):
+    """(name, scope) of the whole registry, each under its own scope, and those that have a choice under every other one too."""
+    for name in policies.names():
+        policy = policies.get(name)
+        if policy.score is not None:
+            yield from ((name, scope) for scope in sorted(policy.scopes, key=lambda scope: scope != policy.scope))
+
+
+def some_window(name):
+    """A window that 12 entries can hold, where the policy's own cannot be."""
+    own = policies.get(name).window
+    return None if callable(own) or own <= 4 else 4
 
 
 def kept(run, row):
@@ -282,7 +296,7 @@ class TestSampling:
         (dict(budget=8, scope="head", policy=policies.retention.policy(floor=3)), "scope='global'"),
         (dict(budget=8, scope="globe"), "unknown scope 'globe': known are global"),
         (dict(budget=8, policy="retension"), "did you mean retention"),
-        (dict(budget=8, policy=None), "policy must be one of full"),
+        (dict(budget=8, policy=None), "policy must be one of ada_snapkv, .* full, "),
         (dict(budget=8, sinks=-1), "sinks must be"),
         (dict(budget=8, chunk=0), "prefill_chunk must be at least 1"),
     ],

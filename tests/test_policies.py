@@ -11,6 +11,12 @@ LOG_BETA = np.array([0.0, -1e-30, -1.5e-8, -1e-6, -1e-3, -0.1, -0.693, -0.694, -
 POSITION = np.array([0, 1, 500, 999])
 
 
+def written(position, stream, **given):
+    """New tokens of one layer, of which the policy is told `given`."""
+    fields = {name: None for name in policies.Written._fields} | given
+    return policies.Written(**fields | dict(position=jnp.asarray(position, jnp.int32), stream=jnp.asarray(stream, jnp.int32)[None, None, None]))
+
+
 def grid(lookahead, seen=1000):
     """Scores [position, log beta] as the policy's compiled score gives them."""
     score = policies.retention.policy(lookahead=lookahead).score
@@ -59,8 +65,8 @@ def test_scores_fall_with_age_and_rise_with_beta():
 
 def test_retention_stores_log_beta_and_is_gated():
     policy = policies.get("retention")
-    log_beta = jnp.full((1, 2, 3), -0.5)
-    np.testing.assert_array_equal(policy.stat(log_beta, jnp.zeros((1, 2), jnp.int32), jnp.arange(3)), log_beta)
+    log_beta = jnp.full((1, 1, 2, 3), -0.5)
+    np.testing.assert_array_equal(policy.stat(written(np.zeros((1, 2)), np.arange(3), log_beta=log_beta)), log_beta)
     assert policy.gated and policy.sinks is None and policy.window == 0 and policy.floor == 0
 
 
@@ -84,7 +90,7 @@ def test_window_keeps_sinks_and_the_newest():
 
 
 def random_stat(position, stream, seed=0):
-    return np.asarray(policies.random.policy(seed).stat(None, jnp.asarray(position, jnp.int32), jnp.asarray(stream, jnp.int32)))
+    return np.asarray(policies.random.policy(seed).stat(written(position, stream)))[0]
 
 
 def test_random_depends_on_stream_and_position_alone():
@@ -130,10 +136,10 @@ def test_registry(monkeypatch):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("retension", "unknown policy 'retension': did you mean retention\\? known are .*random, retention, window"),
+        ("retension", "unknown policy 'retension': did you mean retention\\? known are .*random, retention, rkv, snapkv, tova, window"),
         ("windows", "did you mean window\\?"),
-        ("xyz", "unknown policy 'xyz': known are full, "),
-        ("", "unknown policy '': known are full, "),
+        ("xyz", "unknown policy 'xyz': known are ada_snapkv, "),
+        ("", "unknown policy '': known are ada_snapkv, "),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(name, message):

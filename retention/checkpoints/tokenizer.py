@@ -46,6 +46,7 @@ class Tokenizer:
     Attributes:
       vocab_size: the number of tokens, special ones included. A model's embedding table may have more rows (padding).
       eos_ids: the ids that end a text or a turn.
+      chat_template: in Jinja, or None.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._special = {"bos_token": bos_token, "eos_token": eos_token}
         self._bos_id = tokenizer.token_to_id(bos_token) if bos_token else None
-        self._chat_template = chat_template
+        self.chat_template = chat_template
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         added = tokenizer.get_added_tokens_decoder()
         end_of_text = [token_id for token_id, token in added.items() if token.special and token.content == END_OF_TEXT]
@@ -185,7 +186,7 @@ class Tokenizer:
         Raises:
           ValueError: the model has no chat template, or its template does not take these messages.
         """
-        if self._chat_template is None:
+        if self.chat_template is None:
             raise ValueError("chat needs a chat template, and this model has none: use plain text (chat=False)")
         for message in messages:
             if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
@@ -196,7 +197,7 @@ class Tokenizer:
         )
         environment.globals |= {"raise_exception": _raise_exception, "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
         try:
-            template = environment.from_string(self._chat_template)
+            template = environment.from_string(self.chat_template)
             return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._special)
         except jinja2.TemplateError as error:
             raise ValueError(f"the model's chat template does not take these messages: {error}") from error

@@ -14,8 +14,8 @@ from retention.model import Model, bind
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _continuation_logits(plan, params, gates, cache, tokens):
-    hidden, _ = programs.forward(plan, params, gates, cache, tokens, jnp.full(tokens.shape[0], tokens.shape[1]))
+def _continuation_logits(plan, params, gates, cache, tokens, logits):
+    hidden, _ = programs.forward(plan, params, gates, cache, tokens, jnp.full(tokens.shape[0], tokens.shape[1]), logits)
     return bind(plan.config, params).logits(hidden)
 
 
@@ -36,7 +36,7 @@ def divergence(model: Model, context: Sequence[int], continuation: Sequence[int]
     for settings in ({"budget": None}, options):
         rows = Rows(model, 1, **settings)
         rows.append([context])
-        logits.append(_continuation_logits(rows.plan, model.params, rows.gates, rows.cache, jnp.asarray([continuation[:-1]])))
+        logits.append(_continuation_logits(rows.plan, model.params, rows.gates, rows.cache, jnp.asarray([continuation[:-1]]), rows.logits))
     full, compressed = logits
     kl = optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(compressed), jax.nn.log_softmax(full))
     labels = jnp.asarray([continuation[1:]])

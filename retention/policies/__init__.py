@@ -3,14 +3,33 @@
 A new policy is a `score` function and one line:
 
     retention.policies.register("oldest", Policy(score=lambda stat, position, seen: -1.0 * position))
+
+It then runs under every name, flag and config that takes a policy, and in the tests' matrix. What the others need of the model, see `Policy`.
 """
 
 import difflib
 
-from retention.policies import random, retention, window
-from retention.policies.base import Policy
+from retention.policies import (
+    ada_snapkv,
+    epikv,
+    expected_attention,
+    h2o,
+    infokv,
+    keydiff,
+    knorm,
+    kvzip,
+    lagkv,
+    pyramidkv,
+    random,
+    retention,
+    rkv,
+    snapkv,
+    tova,
+    window,
+)
+from retention.policies.base import Policy, Streams, Written
 
-__all__ = ["Policy", "get", "names", "register"]
+__all__ = ["Policy", "Streams", "Written", "get", "names", "register"]
 
 _REGISTRY: dict[str, Policy] = {}
 
@@ -37,6 +56,21 @@ def get(name: str) -> Policy:
 
 
 register("full", Policy(score=None))
-register("window", window.policy())
 register("random", random.policy())
+register("window", window.policy())
+register("h2o", h2o.policy())
+register("tova", tova.policy())
+register("snapkv", snapkv.policy())
+register("pyramidkv", pyramidkv.policy())
+register("ada_snapkv", ada_snapkv.policy())
+register("knorm", knorm.policy())
+register("keydiff", keydiff.policy())
+register("expected_attention", expected_attention.policy())
+register("lagkv", lagkv.policy())
+register("rkv", rkv.policy())
+register("kvzip", kvzip.policy())
+register("epikv_flat", epikv.flat_policy())
+register("epikv_band", epikv.band_policy())
+register("epikv_seg", epikv.segment_policy())
+register("infokv", infokv.policy())
 register("retention", retention.policy())

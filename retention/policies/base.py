@@ -1,33 +1,89 @@
-"""What a policy is: the number it stores with each cache entry, and how it ranks entries by it."""
+"""What a policy is: the number it stores with each cache entry, how it ranks entries, and what it needs the model to tell it for that."""
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# score(stat, position, seen) -> float32 of their common shape. Entries with higher scores stay. stat is what `stat` stored, position the entry's true
-# position, seen the tokens so far, which is the next token's position.
-Score = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+SCOPES = ("global", "layer", "head", "shared")
 
 
-def no_stat(log_beta: jax.Array | None, position: jax.Array, stream: jax.Array) -> jax.Array:
-    """For policies that rank by position alone."""
-    return jnp.zeros((*position.shape, stream.shape[0]), jnp.float32)
+class Written(NamedTuple):
+    """T new tokens of all layers, as they are written into the cache. What the policy has not declared is None."""
+
+    position: jax.Array  # [B, T] int32
+    stream: jax.Array  # [L, 1, 1, H] int32, the stream's number
+    keys: jax.Array  # [L, B, T, H, D] after RoPE
+    log_beta: jax.Array | None  # [L, B, T, H] float32 (gated)
+    hidden: jax.Array | None  # [n, B, P+T, E], outputs of the n blocks `hidden`; of the P tokens before too (past)
+    entropy: jax.Array | None  # [B, T] float32, of the prediction that each token followed, in nats (entropy)
+
+
+class Streams(NamedTuple):
+    """One layer's entries, each stream dense and in time order, and what was noted of the tokens seen. What the policy has not declared is None.
+
+    N entries, of which those that are not live are zeros. A query position below 0 is no query.
+    """
+
+    stat: jax.Array  # [B, H, N] float32
+    position: jax.Array  # [B, H, N] int32
+    live: jax.Array  # [B, H, N] bool
+    keys: jax.Array  # [B, H, N, D] after RoPE
+    values: jax.Array  # [B, H, N, D]
+    seen: jax.Array  # [B] int32
+    budget: jax.Array  # [B] int32
+    frequency: jax.Array  # [D/2] float32, of RoPE
+    queries: jax.Array | None  # [B, Q, H, G, D] after RoPE, of the newest Q tokens (queries)
+    query_position: jax.Array | None  # [B, Q] int32
+    query_mean: jax.Array | None  # [B, H, G, D] float32, before RoPE (moments)
+    query_covariance: jax.Array | None  # [B, H, G, D, D] float32
+
+
+# Of a policy that ranks each entry by itself: score(stat, position, seen) -> float32 of their common shape. stat is what `stat` stored, position the
+# entry's true position, seen the tokens so far, which is the next token's position. Of one that looks at whole streams: score(Streams) -> [B, H, N].
+# Entries with higher scores stay.
+Score = Callable[..., jax.Array]
+
+
+def no_stat(written: Written) -> jax.Array:
+    """For policies that store nothing."""
+    layers, *_, heads = written.stream.shape
+    return jnp.zeros((layers, *written.position.shape, heads), jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """A ranking of cache entries.
 
-    score: see `Score`; None never evicts. stat(log_beta [B,T,H] or None, position [B,T], stream [H]) -> [B,T,H] float32: the number stored with each
-    entry when it is written. gated: whether it needs log_beta, and so gates. sinks, window: the first and newest positions protected by default
-    (None: as many sinks as the gates were trained with). floor: entries every stream keeps whatever the others score (scope global).
+    score: see `Score`; None never evicts. stat(Written) -> [L,B,T,H] float32: the number stored with each entry when it is written.
+    streams: score looks at whole streams. sinks, window: the first and newest positions protected by default (sinks None: as many as the gates were
+    trained with); window may be a function of the budget M. floor: entries every stream keeps whatever the others score (scope global). scope: what
+    competes for what unless the user says otherwise, one of `scopes`. layer_budgets(budget [B], seen [B], L) -> [B, L] int32: what stands for M in
+    each layer (scope head), M on average and at most 2M; None: M.
+
+    What the model is asked for, and computes for no other policy: gated: log beta, and so gates. queries: those of this many newest tokens. moments:
+    mean and covariance of the queries from this position on. hidden(L): the blocks whose outputs `stat` sees, past: of so many tokens before the new
+    ones too. entropy: of the predictions. attended: the attention that an entry receives, mean over its query heads, is added to its stat at every
+    step. reread: before an eviction the new tokens are read once more, and the most attention that an entry then receives from a query becomes its stat;
+    the number is how many are read at once.
     """
 
     score: Score | None
-    stat: Callable[[jax.Array | None, jax.Array, jax.Array], jax.Array] = no_stat
-    gated: bool = False
+    stat: Callable[[Written], jax.Array] = no_stat
+    streams: bool = False
     sinks: int | None = 0
-    window: int = 0
+    window: int | Callable = 0
     floor: int = 0
+    scope: str = "global"
+    scopes: tuple[str, ...] = SCOPES
+    layer_budgets: Callable | None = None
+    gated: bool = False
+    queries: int = 0
+    moments: int | None = None
+    hidden: Callable[[int], tuple[int, ...]] | None = None
+    past: int = 0
+    entropy: bool = False
+    attended: bool = False
+    reread: int = 0

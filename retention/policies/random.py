@@ -6,7 +6,7 @@ An entry's score is a hash of (seed, stream, position), drawn when it is written
 import jax
 import jax.numpy as jnp
 
-from retention.policies.base import Policy
+from retention.policies.base import Policy, Written
 
 
 def _mix(x: jax.Array) -> jax.Array:
@@ -21,9 +21,9 @@ def score(stat: jax.Array, position: jax.Array, seen: jax.Array) -> jax.Array:
 
 
 def policy(seed: int = 0) -> Policy:
-    def stat(log_beta, position, stream):
-        row = _mix(stream.astype(jnp.uint32) + _mix(jnp.uint32(seed)))
-        mixed = _mix(position.astype(jnp.uint32)[..., None] ^ row)
+    def stat(written: Written) -> jax.Array:
+        row = _mix(written.stream.astype(jnp.uint32) + _mix(jnp.uint32(seed)))
+        mixed = _mix(written.position.astype(jnp.uint32)[..., None] ^ row)
         # The top 24 bits: exactly representable, uniform in [0, 1).
         return (mixed >> 8).astype(jnp.float32) / 2**24
 

@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from retention.policies.base import Policy
+from retention.policies.base import Policy, Written
 
 
 def log1mexp(x: jax.Array) -> jax.Array:
@@ -31,8 +31,8 @@ def score(stat: jax.Array, position: jax.Array, seen: jax.Array, lookahead: int 
     return (seen + 1 - position) * stat + total
 
 
-def stat(log_beta: jax.Array, position: jax.Array, stream: jax.Array) -> jax.Array:
-    return log_beta
+def stat(written: Written) -> jax.Array:
+    return written.log_beta
 
 
 def policy(lookahead: int = 1, floor: int = 0) -> Policy:

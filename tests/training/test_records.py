@@ -23,7 +23,7 @@ def tokenizer(tmp_path_factory):
 
 def templated(tokenizer, template):
     other = copy.copy(tokenizer)
-    other._chat_template = template
+    other.chat_template = template
     return other
 
 
