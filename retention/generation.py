@@ -219,14 +219,22 @@ class Rows:
             self.cache = cache_lib.with_buffer(self.cache, self.width)
 
     def _reread(self, read: Sequence[Sequence[int]]) -> None:
-        """Reads the newest tokens of each sequence, which the buffer ends with, once more, as many at a time as the policy says."""
-        chunk, before = self.plan.policy.reread, self.cache.buffered - jnp.asarray([len(tokens) for tokens in read], jnp.int32)
+        """Reads the newest tokens of each sequence, which the buffer ends with, once more, as many at a time as the policy says.
+
+        The chat template's opening is not read again, as in KVzip.
+        """
+        start = self.cache.buffered - jnp.asarray([len(tokens) for tokens in read], jnp.int32)
+        opening = turn(self.model)[0]
+        before = np.array([len(opening) if list(tokens[: len(opening)]) == opening else 0 for tokens in read], np.int32)
+        read = [tokens[skipped:] for tokens, skipped in zip(read, before, strict=True)]
+        chunk = self.plan.policy.reread
         for begin in range(0, max(map(len, read)), chunk):
             parts = [tokens[begin : begin + chunk] for tokens in read]
             asking = [request(self.model, tokens[:begin]) + list(part) if part else [] for tokens, part in zip(read, parts, strict=True)]
             tokens, valid = padded(asking, roomy(max(map(len, asking))))
-            count = np.array([len(part) for part in parts], np.int32)
-            self.cache = programs.reread(self.plan, self.model.params, self.cache, tokens, valid, before + begin, count)
+            first, count = start + before + begin, np.array([len(part) for part in parts], np.int32)
+            skipped = start if begin == 0 else first
+            self.cache = programs.reread(self.plan, self.model.params, self.cache, tokens, valid, skipped, first, count)
 
     def fork(self) -> "Rows":
         """The same sequences, to go on by themselves."""
@@ -298,14 +306,21 @@ def padded(rows: Sequence[Sequence[int]], size: int) -> tuple[np.ndarray, np.nda
     return tokens, valid
 
 
+def turn(model: Model) -> tuple[list[int], list[int]]:
+    """The token ids between which the chat template puts a conversation's first turn. Without a template there are none."""
+    tokenizer, text = model.tokenizer, "context"
+    if tokenizer is None or not tokenizer.chat_template:
+        return [], []
+    opening, closing = tokenizer.chat([{"role": "user", "content": text}]).rsplit(text, 1)
+    return tokenizer.encode(opening, bos=True), tokenizer.encode(closing, bos=False)
+
+
 def request(model: Model, before: Sequence[int]) -> list[int]:
     """What asks the model to repeat the part of the context that follows `before` (KVzip). Without a tokenizer nothing asks."""
-    tokenizer = model.tokenizer
-    if tokenizer is None:
+    if model.tokenizer is None:
         return []
     text = "\n\nRepeat the part of the previous context exactly, starting with" if before else "\n\nRepeat the previous context exactly."
-    answer = tokenizer.chat([{"role": "user", "content": text}]).split(text)[-1] if tokenizer.chat_template else "\n"
-    return tokenizer.encode(text, bos=False) + list(before[-8:]) + tokenizer.encode(answer, bos=False)
+    return model.tokenizer.encode(text, bos=False) + list(before[-8:]) + turn(model)[1]
 
 
 def served(policy: policies.Policy, reader: policies.Policy) -> bool:

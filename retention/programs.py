@@ -174,11 +174,11 @@ def forward(
 
 
 @functools.partial(jax.jit, static_argnames="plan", donate_argnames="cache")
-def reread(plan: Plan, params, cache: Cache, tokens, valid, first, count) -> Cache:
+def reread(plan: Plan, params, cache: Cache, tokens, valid, skipped, first, count) -> Cache:
     """Reads part of the write buffer once more: the most attention that a query pays an entry of it becomes the entry's stat. Nothing joins the cache.
 
-    tokens [B,T], of which valid[b] count: what asks for the part, and the part again. first, count [B]: the part's rows of the buffer. As in KVzip, a
-    query's attention is over the first `sinks` entries, the part, and the tokens read with it.
+    tokens [B,T], of which valid[b] count: what asks for the part, and the part again. first, count [B]: the part's rows of the buffer; the rows from
+    `skipped` to there get 0. As in KVzip, a query's attention is over the first `sinks` entries, the part, and the tokens read with it.
     """
     config, sinks = plan.config, plan.sinks
     batch, length = tokens.shape
@@ -188,6 +188,7 @@ def reread(plan: Plan, params, cache: Cache, tokens, valid, first, count) -> Cac
     pool, buffer = (cache.keys, cache.values, cache.starts), (cache.buffer_keys, cache.buffer_values, cache.buffered)
     # [B, W]: the part, and what else of the buffer is seen, its first positions.
     part = (row >= first[:, None]) & (row < (first + count)[:, None])
+    unasked = (row >= skipped[:, None]) & (row < first[:, None])
     visible = part | ((cache.buffer_position < sinks) & (row < cache.buffered[:, None]))
     blocks = -(-length // QUERIES)
 
@@ -220,7 +221,7 @@ def reread(plan: Plan, params, cache: Cache, tokens, valid, first, count) -> Cac
         padded = jnp.pad(q, ((0, 0), (0, blocks * QUERIES - length), (0, 0), (0, 0), (0, 0)))
         padded = jnp.moveaxis(padded.reshape(batch, blocks, QUERIES, *q.shape[2:]), 1, 0)
         paid, _ = jax.lax.scan(most, jnp.zeros((batch, heads, width)), (padded, jnp.arange(blocks)))
-        return carry, out, jnp.where(part[:, None], paid, cache.buffer_stat[layer])
+        return carry, out, jnp.where(part[:, None], paid, jnp.where(unasked[:, None], 0, cache.buffer_stat[layer]))
 
     _, _, stat = bind(config, params)(tokens, positions, attend, layer_inputs=jnp.arange(config.layers, dtype=jnp.int32))
     return cache._replace(buffer_stat=stat)

@@ -23,20 +23,6 @@ def rows(model, batch, budget, policy="retention", scope=None, chunk=16, sinks=N
     return Rows(model, batch, budget, policy, scope, chunk, sinks, window)
 
 
-def every_policy(evicts=True):
-    """(name, scope) of the whole registry, each under its own scope, and those that have a choice under every other one too."""
-    for name in policies.names():
-        policy = policies.get(name)
-        if policy.score is not None:
-            yield from ((name, scope) for scope in sorted(policy.scopes, key=lambda scope: scope != policy.scope))
-
-
-def some_window(name):
-    """A window that 12 entries can hold, where the policy's own cannot be."""
-    own = policies.get(name).window
-    return None if callable(own) or own <= 4 else 4
-
-
 def kept(run, row):
     return cache.kept_positions(run.cache, row)
 

@@ -18,7 +18,8 @@ QUOTAS = (64, 32, 8)  # kept of a segment, by how much its keys vary
 def surprise(hidden: jax.Array, position: jax.Array) -> jax.Array:
     """z-scores over the last 64 values, the token's own among them, of the mean over layers of ||h(t) - h(t-1)||.
 
-    hidden [n, B, 64+T, E] with the tokens before, position [B, T] of the new ones -> [B, T] float32. The first token has no value.
+    hidden [n, B, 64+T, E] with the tokens before, position [B, T] of the new ones -> [B, T] float32. The first token has no value; of one or two values
+    no z says anything, and it is 0.
     """
     hidden = hidden.astype(jnp.float32)
     # Of tokens -63 to T-1. [B, 63+T]
@@ -29,7 +30,7 @@ def surprise(hidden: jax.Array, position: jax.Array) -> jax.Array:
     values, valid = jump[:, index], there[:, index]
     mean = jnp.mean(values, axis=-1, where=valid)
     deviation = jnp.std(values, axis=-1, where=valid)
-    return jnp.where(valid[..., -1], (values[..., -1] - mean) / (deviation + 1e-6), 0.0)
+    return jnp.where(valid.sum(axis=-1) > 2, (values[..., -1] - mean) / (deviation + 1e-6), 0.0)
 
 
 def contrast(written: Written, early: int, weight: float) -> jax.Array:

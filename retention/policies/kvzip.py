@@ -5,7 +5,6 @@ import jax.numpy as jnp
 
 from retention.policies.base import Policy, Written
 
-
 UNREAD = 2.0  # in place of the attention, which is 1 at most
 
 

@@ -1,0 +1,127 @@
+"""Every policy of the registry, under every scope that it may have, through the same tests: it evicts exactly, within the budget, row by row.
+
+A policy that is registered is tested here without a line more.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from retention import cache, policies
+from retention.generation import Rows, read, together
+from tests.test_generation import Recorder, masked_full_logits, random_prompts
+
+BUDGET, CHUNK = 12, 16
+
+
+def evicting():
+    return [name for name in policies.names() if policies.get(name).score is not None]
+
+
+def matrix():
+    """(name, scope): each policy's own scope, and, slow, the others that it may have."""
+    for name in evicting():
+        policy = policies.get(name)
+        yield pytest.param(name, policy.scope)
+        yield from (pytest.param(name, scope, marks=pytest.mark.slow) for scope in policy.scopes if scope != policy.scope)
+
+
+def run_of(model, batch, name, scope=None, budget=BUDGET, chunk=CHUNK):
+    """Protects no more of the newest tokens than so small a budget can."""
+    own = policies.get(name).window
+    return Rows(model, batch, budget, name, scope, chunk, window=None if callable(own) or own <= 4 else 4)
+
+
+def kept(run, row):
+    return [stream.tolist() for layer in cache.kept_positions(run.cache, row) for stream in layer]
+
+
+@pytest.mark.parametrize("name, scope", matrix())
+def test_evicting_equals_the_masked_full_cache_at_every_step(small, name, scope):
+    """And the budget holds at each: no more than S*M entries, exactly S*M once so many have been seen, after every eviction."""
+    prompts, steps = random_prompts([50, 33, 7]), 40
+    run = run_of(small, 3, name, scope)
+    record = Recorder(run, prompts, steps)
+    capacity = BUDGET * small.config.streams
+    for row, prompt in enumerate(prompts):
+        total = len(prompt) + steps
+        visible = record.visible[row, :, :, :total, :total]
+        assert visible[:, :, -1].sum() < small.config.streams * total / 2, "the mask must bite, or the oracle proves nothing"
+        expected = masked_full_logits(small, record.tokens[row], visible)[len(prompt) :]
+        assert np.abs(np.stack(record.logits[row]) - expected).max() <= 1e-5 * np.ptp(expected)
+        assert run.stats(row).kept_entries == capacity == run.stats(row).capacity
+    lengths = np.array([[len(stream) for stream in kept(run, row)] for row in range(3)]).reshape(3, small.config.layers, -1)
+    if scope == "layer":
+        assert (lengths.sum(axis=2) == BUDGET * small.config.kv_heads).all()
+    if scope in ("head", "shared") and policies.get(name).layer_budgets is None:
+        assert (lengths == BUDGET).all()
+    if scope == "shared":
+        assert all(len(set(map(tuple, kept(run, row)))) == 1 for row in range(3))
+
+
+@pytest.mark.parametrize("name, scope", matrix())
+def test_a_batch_equals_its_rows_alone_and_forks_go_their_own_ways(small, name, scope):
+    prompts = random_prompts([50, 20, 33], seed=1)
+
+    def answer(run):
+        tokens = np.concatenate(list(run.decode(24, 0.0, 1.0, 0, stop=(3, 17))), axis=1)
+        return [row[row >= 0].tolist() for row in tokens]
+
+    together = run_of(small, 3, name, scope)
+    together.append(prompts)
+    before = [kept(together, row) for row in range(3)]
+    first, second = together.fork(), together.fork()
+    tokens = answer(first)
+    second.append(random_prompts([9, 9, 9], seed=2))
+    assert [kept(together, row) for row in range(3)] == before, "what forks do is theirs"
+    for row, prompt in enumerate(prompts):
+        alone = run_of(small, 1, name, scope)
+        alone.append([prompt])
+        assert kept(alone, 0) == before[row]
+        assert answer(alone)[0] == tokens[row] and kept(alone, 0) == kept(first, row)
+    assert answer(together) == tokens
+
+
+@pytest.mark.parametrize("name", evicting())
+def test_one_reading_serves_every_budget_as_one_shot_prefill(small, name):
+    prompts = random_prompts([70, 41], seed=3)
+    own = policies.get(name).window
+    window = None if callable(own) or own <= 4 else 4
+    reading = read(small, next(group for group in together(evicting()) if name in group), prompts)
+    for budget in (12, 0.25):
+        once = run_of(small, 2, name, budget=budget, chunk=None)
+        once.append(prompts)
+        compressed = reading.compress(budget, name, window=window, prefill_chunk=once.width)
+        assert [kept(compressed, row) for row in (0, 1)] == [kept(once, row) for row in (0, 1)]
+        np.testing.assert_allclose(compressed.logits, once.logits, atol=1e-5)
+        # And both go on alike: what the policy has noted is there too.
+        for run in (once, compressed):
+            run.append(random_prompts([30, 30], seed=4))
+        assert [kept(compressed, row) for row in (0, 1)] == [kept(once, row) for row in (0, 1)]
+    assert reading.stats(0).kept_entries == 70 * small.config.streams
+
+
+def test_what_retention_does_not_need_is_not_there(small):
+    """Nor computed: its programs hold no more than those of a policy that only knows positions, but for the gates."""
+    run = run_of(small, 1, "retention")
+    run.append(random_prompts([40]))
+    assert run.cache.noted == {} and not run.plan.policy.streams and run.plan.longest == 0
+    bare = policies.get("retention")
+    fields = {field.name: field.default for field in dataclasses.fields(policies.Policy)}
+    assert all(getattr(bare, name) == fields[name] for name in ("streams", "queries", "moments", "hidden", "past", "entropy", "attended", "reread"))
+
+
+@pytest.mark.parametrize("names, message", [(("snapkv", "random"), "cannot share a reading: random stores something else than snapkv"), (("snapky",), "did you mean snapkv")])
+def test_policies_that_cannot_be_read_together_are_named(small, names, message):
+    with pytest.raises(ValueError, match=message):
+        read(small, names, random_prompts([20]))
+
+
+def test_rows_are_compressed_only_by_what_they_were_read_for(small):
+    reading = read(small, ("snapkv",), random_prompts([50]))
+    for name in ("expected_attention", "random", "h2o"):
+        with pytest.raises(ValueError, match="not read for this policy"):
+            reading.compress(12, name)
+    with pytest.raises(ValueError, match="makes no sense under scope='layer'; its scope may be head"):
+        reading.compress(12, "tova", scope="layer")
