@@ -1,4 +1,4 @@
-"""Runs an evaluation: python -m experiments.evaluate --config=configs/needles.py --workdir=runs/needles [--config.samples=8]."""
+"""Runs an evaluation: python -m experiments.evaluate --config=configs/eval_needles.py --workdir=runs/needles [--config.samples=8]."""
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -12,8 +12,9 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main(_):
     for row in evaluate(CONFIG.value, WORKDIR.value):
-        measured = f"KL {row['kl']}" if row["task"] == "prose" else f"accuracy {row['accuracy']}"
-        print(f"{row['task']:8} {row['length']:5} {row['policy']:10} kept {row['kept']:.4f}: {measured} ({row['samples']} samples)")
+        measured = f"score {row['score']:.3f} ({row['low']:.3f} to {row['high']:.3f})" if "score" in row else f"KL {row['kl']}"
+        budget = "all" if row["budget"] is None else f"{row['budget']:g}"
+        print(f"{row['task']:12} {row['length'] or '':5} {row['policy']:18} {row['scope']:7} {budget:6} {measured}, {row['samples']} samples")
 
 
 if __name__ == "__main__":

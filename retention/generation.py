@@ -18,6 +18,7 @@ from retention import cache as cache_lib
 from retention import policies, programs
 from retention.cache import Cache
 from retention.model import Model
+from retention.names import check_name
 from retention.programs import Plan
 
 CHUNK = 256  # tokens that go through the layers at once, and the write buffer's length where prefill_chunk does not say
@@ -93,8 +94,7 @@ class Rows:
         if not isinstance(policy, policies.Policy):
             raise ValueError(f"policy must be one of {', '.join(policies.names())}, or a Policy, got {policy!r}")
         scope = policy.scope if scope is None else scope
-        if scope not in cache_lib.SCOPES:
-            raise ValueError(f"unknown scope {scope!r}: known are {', '.join(cache_lib.SCOPES)}")
+        check_name("scope", scope, cache_lib.SCOPES)
         if scope not in policy.scopes:
             raise ValueError(f"this policy makes no sense under scope={scope!r}; its scope may be {' or '.join(policy.scopes)}")
         for name, value in (("sinks", sinks), ("window", window)):

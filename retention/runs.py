@@ -3,9 +3,12 @@
 import contextlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Collection, Iterator
 
@@ -67,12 +70,14 @@ class RunFolder:
         self.log_all([record])
 
     def finish(self, **facts) -> dict:
-        """Writes and returns run_meta.json: commit, versions, device, seconds, and the facts given (seed, ...)."""
+        """Writes and returns run_meta.json: commit, command, versions, device, seconds, and the facts given (seed, ...)."""
         meta = {
             "commit": commit(),
+            "command": shlex.join(sys.argv),
             "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
             "python": platform.python_version(),
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "host": f"{os.cpu_count()} x {processor()}",
             "seconds": round(time.time() - self._start, 1),
             **facts,
         }
@@ -117,6 +122,13 @@ def check_same(stored: dict, config: dict, free: Collection[str], what: str) -> 
     if differing:
         changes = ", ".join(f"{name} is {before.get(name, missing)!r} there and {now.get(name, missing)!r} here" for name in differing)
         raise ValueError(f"{what}: {changes}; give a new workdir, or that config")
+
+
+def processor() -> str:
+    """The CPU's name, as Linux tells it; elsewhere what Python knows."""
+    info = pathlib.Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def commit() -> str:

@@ -280,7 +280,7 @@ class TestSampling:
         (dict(budget=3, policy="window"), r"budget 3 is smaller than sinks \+ window = 4 \+ 0"),
         (dict(budget=2, policy=policies.retention.policy(floor=3)), r"sinks \+ window \+ floor = 0 \+ 0 \+ 3"),
         (dict(budget=8, scope="head", policy=policies.retention.policy(floor=3)), "scope='global'"),
-        (dict(budget=8, scope="globe"), "unknown scope 'globe': known are global"),
+        (dict(budget=8, scope="globe"), "unknown scope 'globe': did you mean global"),
         (dict(budget=8, policy="retension"), "did you mean retention"),
         (dict(budget=8, policy=None), "policy must be one of ada_snapkv, .* full, "),
         (dict(budget=8, sinks=-1), "sinks must be"),

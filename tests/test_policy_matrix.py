@@ -112,7 +112,10 @@ def test_what_retention_does_not_need_is_not_there(small):
     assert all(getattr(bare, name) == fields[name] for name in ("streams", "queries", "moments", "hidden", "past", "entropy", "attended", "reread"))
 
 
-@pytest.mark.parametrize("names, message", [(("snapkv", "random"), "cannot share a reading: random stores something else than snapkv"), (("snapky",), "did you mean snapkv")])
+@pytest.mark.parametrize(
+    "names, message",
+    [(("snapkv", "random"), "cannot share a reading: random stores something else than snapkv"), (("snapky",), "did you mean snapkv")],
+)
 def test_policies_that_cannot_be_read_together_are_named(small, names, message):
     with pytest.raises(ValueError, match=message):
         read(small, names, random_prompts([20]))

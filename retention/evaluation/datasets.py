@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from retention.names import check_name
+
 
 @dataclass(frozen=True)
-class Sample:
+class Problem:
     """One record.
 
     context: what is read before the question is known, without chat wrapper. question: what to ask then. answers: those that the benchmark
@@ -32,14 +34,13 @@ class Sample:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-def load(task: str, folder: str | Path) -> list[Sample]:
+def load(task: str, folder: str | Path) -> list[Problem]:
     """All samples of `task`, one of TASKS, from its file in `folder`, in the file's order.
 
     Raises ValueError for an unknown task, and for a file or record that is not as published, with its path, its number (from 1; of a line in JSON lines)
     and what is wrong; FileNotFoundError where there is no such file, with the names under which it was looked for.
     """
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; those with files are {', '.join(TASKS)}")
+    check_name("task", task, TASKS)
     names, sample = TASKS[task]
     path = next((path for name in names if (path := Path(folder).expanduser() / name).is_file()), None)
     if path is None:
@@ -120,28 +121,28 @@ def _json(path: Path, text: str, place: str) -> Any:
 _BOX = "Reason step by step and write the final answer in \\boxed{}."
 
 
-def _gsm8k(record: _Record) -> Sample:
+def _gsm8k(record: _Record) -> Problem:
     question, (_, mark, answer) = record.text("question"), record.text("answer").rpartition("####")
     if not mark or not answer.strip():
         raise record.wrong("column 'answer' has nothing behind '####'")
-    return Sample("", f"{question}\n\nReason step by step and end with a line of #### and the number that is the answer.", (answer.strip(),))
+    return Problem("", f"{question}\n\nReason step by step and end with a line of #### and the number that is the answer.", (answer.strip(),))
 
 
-def _math(record: _Record) -> Sample:
-    return Sample("", f"{record.text('problem')}\n\n{_BOX}", (record.text("answer"),))
+def _math(record: _Record) -> Problem:
+    return Problem("", f"{record.text('problem')}\n\n{_BOX}", (record.text("answer"),))
 
 
-def _aime(record: _Record) -> Sample:
+def _aime(record: _Record) -> Problem:
     answer = str(record.get("answer", int, str)).strip()
     if not (answer.isdecimal() and int(answer) < 1000):
         raise record.wrong(f"column 'answer' holds {answer!r}, which is no integer from 0 to 999")
-    return Sample("", f"{record.text('problem')}\n\n{_BOX} It is an integer from 0 to 999.", (answer,))
+    return Problem("", f"{record.text('problem')}\n\n{_BOX} It is an integer from 0 to 999.", (answer,))
 
 
 # LongProc.
 
 
-def _countdown(record: _Record) -> Sample:
+def _countdown(record: _Record) -> Problem:
     numbers, target = record.get("nums", list), record.get("target", int)
     if not numbers or not all(type(number) is int for number in numbers):
         raise record.wrong("column 'nums' is no list of integers, or an empty one")
@@ -152,10 +153,10 @@ def _countdown(record: _Record) -> Sample:
         "numbers [2, 3, 4, 5] and the target 14):\n<Solution>\n2 * 3 = 6\n4 * 5 = 20\n20 - 6 = 14\n</Solution>"
     )
     question = f"Numbers: {numbers}\nTarget: {target}"
-    return Sample(rules, question, (record.text("solution_text"),), {"numbers": numbers, "target": target})
+    return Problem(rules, question, (record.text("solution_text"),), {"numbers": numbers, "target": target})
 
 
-def _html_to_tsv(record: _Record) -> Sample:
+def _html_to_tsv(record: _Record) -> Problem:
     page = record.path.parent / record.text("html_path")
     try:
         html = page.read_text(encoding="utf-8")
@@ -169,10 +170,10 @@ def _html_to_tsv(record: _Record) -> Sample:
         f"Write a table of tab-separated values, one row a line and all of them, N/A for what is missing, between ```tsv and ```. Its header is:\n"
         f"{record.text('tsv_header')}"
     )
-    return Sample(html, question, (table,))
+    return Problem(html, question, (table,))
 
 
-def _path_traversal(record: _Record) -> Sample:
+def _path_traversal(record: _Record) -> Problem:
     ends = record.texts("question_repr")
     if len(ends) != 2:
         raise record.wrong(f"column 'question_repr' has {len(ends)} cities where it needs the start and the end")
@@ -180,10 +181,10 @@ def _path_traversal(record: _Record) -> Sample:
         f"Each city leads to one other, in this direction only. Find the route from {ends[0]} to {ends[1]}, city by city, and write all its steps, one "
         "a line, in this form:\n<Route>\nFrom <CITY>, take a <TRANSPORT> to <CITY>.\n...\n</Route>"
     )
-    return Sample(record.text("context_nl"), question, (record.text("answer_nl"),))
+    return Problem(record.text("context_nl"), question, (record.text("answer_nl"),))
 
 
-def _pseudo_to_code(record: _Record) -> Sample:
+def _pseudo_to_code(record: _Record) -> Problem:
     tests = record.get("testcases", list)
     if not tests or not all(isinstance(test, list) and len(test) == 2 and all(map(_is_texts, test)) for test in tests):
         raise record.wrong("column 'testcases' is no list of pairs of input lines and output lines, or an empty one")
@@ -191,10 +192,10 @@ def _pseudo_to_code(record: _Record) -> Sample:
         "Translate this pseudocode into C++, line by line, between ```cpp and ```. The standard headers are included and the namespace std is in use "
         "already; leave them out."
     )
-    return Sample("\n".join(record.texts("pseudocode_lines")), question, ("\n".join(record.texts("code_lines")),), {"tests": tests})
+    return Problem("\n".join(record.texts("pseudocode_lines")), question, ("\n".join(record.texts("code_lines")),), {"tests": tests})
 
 
-def _tom_tracking(record: _Record) -> Sample:
+def _tom_tracking(record: _Record) -> Problem:
     question = (
         "A person who is in the same room as an object sees it and knows where it is; else the last belief about it stays, None if the object was never "
         f"seen. Go through all steps, from 0 on. {record.text('question')} Write a line for each step, and the answer at the end, in this form (the "
@@ -203,7 +204,7 @@ def _tom_tracking(record: _Record) -> Sample:
         "- Step 1: (NAME location changed; OBJECT location unchanged) {NAME location: ROOM; OBJECT location: PLACE; NAME sees OBJECT: False; "
         "NAME's belief on OBJECT: PLACE}\n...\nFinal Answer: PLACE"
     )
-    return Sample(record.text("story"), question, (record.text("solution"),))
+    return Problem(record.text("story"), question, (record.text("solution"),))
 
 
 # LongBench. Its few-shot sets need no instruction: their contexts are examples in the form of the question.
@@ -228,18 +229,18 @@ LONGBENCH = {
 WITH_CLASSES = ("trec", "lsht")
 
 
-def _longbench(name: str, record: _Record) -> Sample:
+def _longbench(name: str, record: _Record) -> Problem:
     extra = {"classes": record.texts("all_classes")} if name in WITH_CLASSES else {}
     question = LONGBENCH[name].replace("{}", record.get("input", str))
-    return Sample(record.text("context"), question, tuple(record.texts("answers")), extra)
+    return Problem(record.text("context"), question, tuple(record.texts("answers")), extra)
 
 
-def _longbench_v2(record: _Record) -> Sample:
+def _longbench_v2(record: _Record) -> Problem:
     choices = "\n".join(f"({letter}) {record.text(f'choice_{letter}')}" for letter in "ABCD")
     if (answer := record.text("answer")) not in ("A", "B", "C", "D"):
         raise record.wrong(f"column 'answer' holds {answer!r}, which is none of A, B, C and D")
     form = 'Answer with one letter, in the form "The correct answer is (A)".'
-    return Sample(record.text("context"), f"{record.text('question')}\n{choices}\n\n{form}", (answer,))
+    return Problem(record.text("context"), f"{record.text('question')}\n{choices}\n\n{form}", (answer,))
 
 
 # LongMemEval.
@@ -247,7 +248,7 @@ def _longbench_v2(record: _Record) -> Sample:
 _UNKNOWN = "I do not know"
 
 
-def _longmemeval(record: _Record) -> Sample | None:
+def _longmemeval(record: _Record) -> Problem | None:
     """None for the questions whose answer is a rubric for a judge. Those about what was never said accept _UNKNOWN alone."""
     if record.text("question_type") == "single-session-preference":
         return None
@@ -263,10 +264,10 @@ def _longmemeval(record: _Record) -> Sample | None:
         raise record.wrong("column 'haystack_sessions' is no list of conversations, which are lists of turns with 'role' and 'content'") from None
     answer = _UNKNOWN if record.text("question_id").endswith("_abs") else str(record.get("answer", str, int))
     question = f'It is {record.text("question_date")} now. From these conversations: {record.text("question")} If they do not tell, answer "{_UNKNOWN}".'
-    return Sample("\n\n".join(parts), question, (answer,))
+    return Problem("\n\n".join(parts), question, (answer,))
 
 
-def _tasks() -> dict[str, tuple[tuple[str, ...], Callable[[_Record], Sample | None]]]:
+def _tasks() -> dict[str, tuple[tuple[str, ...], Callable[[_Record], Problem | None]]]:
     """By task: the names that its file may have in the folder, and the function that makes a record a sample."""
     tasks = {
         "gsm8k": (("gsm8k_test.jsonl", "gsm8k/test.jsonl"), _gsm8k),

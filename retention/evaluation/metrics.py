@@ -12,42 +12,42 @@ from collections import Counter
 from collections.abc import Sequence
 
 from retention.evaluation import longproc, math_answers
-from retention.evaluation.datasets import Sample
+from retention.evaluation.datasets import Problem
 
 
-def score(task: str, sample: Sample, generated: str, execute: bool = False) -> dict[str, float]:
-    """What the benchmark of `task`, one of datasets.TASKS, measures of an answer to `sample`; first what it reports.
+def score(task: str, problem: Problem, generated: str, execute: bool = False) -> dict[str, float]:
+    """What the benchmark of `task`, one of datasets.TASKS, measures of an answer to `problem`; first what it reports.
 
     `execute` lets longproc.pseudo_to_code run the programs that it checks. Raises KeyError for an unknown task, and what the metrics raise.
     """
     benchmark, _, name = task.partition("_")
     if benchmark == "longproc":
-        return _longproc(name.rpartition("_")[0], sample, generated, execute)
+        return _longproc(name.rpartition("_")[0], problem, generated, execute)
     if task == "longbench_v2":
-        return {"accuracy": float(choice(generated) == sample.answers[0])}
+        return {"accuracy": float(choice(generated) == problem.answers[0])}
     if benchmark == "longbench":
-        return _longbench(name.removesuffix("_e"), sample, generated)
+        return _longbench(name.removesuffix("_e"), problem, generated)
     if benchmark == "longmemeval":
-        return {"contains": float(any(contains(generated, answer) for answer in sample.answers))}
-    return {"accuracy": float(math_answers.correct(task, generated, sample.answers[0]))}
+        return {"contains": float(any(contains(generated, answer) for answer in problem.answers))}
+    return {"accuracy": float(math_answers.correct(task, generated, problem.answers[0]))}
 
 
-def _longproc(name: str, sample: Sample, generated: str, execute: bool) -> dict[str, float]:
+def _longproc(name: str, problem: Problem, generated: str, execute: bool) -> dict[str, float]:
     if name == "countdown":
-        return longproc.countdown(generated, sample.extra["numbers"], sample.extra["target"])
+        return longproc.countdown(generated, problem.extra["numbers"], problem.extra["target"])
     if name == "pseudo_to_code":
-        return longproc.pseudo_to_code(generated, sample.extra["tests"], execute)
+        return longproc.pseudo_to_code(generated, problem.extra["tests"], execute)
     check = {"path_traversal": longproc.path_traversal, "tom_tracking": longproc.tom_tracking, "html_to_tsv": longproc.html_to_tsv}[name]
-    return check(generated, sample.answers[0])
+    return check(generated, problem.answers[0])
 
 
-def _longbench(name: str, sample: Sample, generated: str) -> dict[str, float]:
+def _longbench(name: str, problem: Problem, generated: str) -> dict[str, float]:
     metric = LONGBENCH[name]
     if name in FEW_SHOT:
         generated = generated.lstrip("\n").split("\n")[0]
     if metric is classification:
-        return {metric.__name__: max(classification(generated, answer, sample.extra["classes"]) for answer in sample.answers)}
-    return {metric.__name__: max(metric(generated, answer) for answer in sample.answers)}
+        return {metric.__name__: max(classification(generated, answer, problem.extra["classes"]) for answer in problem.answers)}
+    return {metric.__name__: max(metric(generated, answer) for answer in problem.answers)}
 
 
 def qa_f1(generated: str, answer: str) -> float:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from retention.names import check_name
 from retention.training import text
 from retention.training.documents import ASK, SYSTEM, USER
 from retention.training.words import pick
@@ -143,7 +144,7 @@ def samples(task: str, encode: text.Encode, texts: list[str], length: int, count
     Each answer stands exactly once in its context, its key in no other sentence, and it never stands in a question.
     Raises ValueError for an unknown task, empty texts, and a length below 160.
     """
-    _check(task)
+    check_name("task", task, TASKS)
     if not any(texts):
         raise ValueError("texts holds no text; give the documents that text.load returns")
     if length < 160:
@@ -158,7 +159,7 @@ def correct(task: str, answer: str, generated: str) -> bool:
 
     Raises ValueError for an unknown task.
     """
-    _check(task)
+    check_name("task", task, TASKS)
     plain = " ".join(generated.lower().split())
     grouped = re.sub(r"(?<=\d)[, ](?=\d{3}(?!\d))", "", plain)
     wanted = re.compile(rf"(?<!\w){re.escape(answer.lower())}(?!\w)")
@@ -177,11 +178,6 @@ def plant(body: list[str], plants: list[str], depths: list[float]) -> list[str]:
     for index in np.argsort(depths)[::-1]:  # from the end, so that earlier boundaries stay where they are
         planted.insert(int(np.abs(ends - depths[index] * ends[-1]).argmin()), plants[index])
     return planted
-
-
-def _check(task: str):
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")
 
 
 def _person(rng: np.random.Generator) -> str:

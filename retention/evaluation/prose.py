@@ -10,38 +10,31 @@ import optax
 
 from retention import programs
 from retention.generation import CHUNK, Rows
-from retention.model import Model, bind
+from retention.model import bind
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _continuation_logits(plan, params, gates, cache, tokens, logits):
+def _logits(plan, params, gates, cache, tokens, logits):
     hidden, _ = programs.forward(plan, params, gates, cache, tokens, jnp.full(tokens.shape[0], tokens.shape[1]), logits)
     return bind(plan.config, params).logits(hidden)
 
 
-def divergence(model: Model, context: Sequence[int], continuation: Sequence[int], **options) -> tuple[float, float, float]:
-    """Reads the context under a budget, then scores the continuation, token by token as written.
+def continuation_logits(rows: Rows, continuations: Sequence[Sequence[int]]) -> jax.Array:
+    """[B, T-1, V]: what is predicted of the tokens 1 to T-1 of each sequence's continuation, read as written behind what the rows hold, which stay as
+    they are. The continuation stays whole in the write buffer; raises ValueError if it has more than CHUNK tokens."""
+    tokens = jnp.asarray(continuations)
+    if tokens.shape[1] > CHUNK:
+        raise ValueError(f"continuation has {tokens.shape[1]} tokens; the write buffer takes {CHUNK}")
+    return _logits(rows.plan, rows.model.params, rows.gates, rows.cache, tokens[:, :-1], rows.logits)
 
-    Args:
-      context, continuation: token ids; the context is compressed before the continuation is seen. The continuation stays whole in the write
-        buffer, so it may have CHUNK tokens at most.
-      options: of `Session`: budget, policy, scope, prefill_chunk, sinks, window.
 
-    Returns:
-      Mean KL(full cache || budget) over the continuation's tokens, and the mean next-token losses of the budget and of the full cache; nats.
-    """
-    if len(continuation) > CHUNK:
-        raise ValueError(f"continuation has {len(continuation)} tokens; the write buffer takes {CHUNK}")
-    logits = []
-    for settings in ({"budget": None}, options):
-        rows = Rows(model, 1, **settings)
-        rows.append([context])
-        logits.append(_continuation_logits(rows.plan, model.params, rows.gates, rows.cache, jnp.asarray([continuation[:-1]]), rows.logits))
-    full, compressed = logits
-    kl = optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(compressed), jax.nn.log_softmax(full))
-    labels = jnp.asarray([continuation[1:]])
-    loss, full_loss = (optax.losses.softmax_cross_entropy_with_integer_labels(one, labels) for one in (compressed, full))
-    return float(kl.mean()), float(loss.mean()), float(full_loss.mean())
+def divergence(full: jax.Array, compressed: jax.Array, continuations: Sequence[Sequence[int]]) -> list[dict[str, float]]:
+    """For each sequence, from both `continuation_logits`: kl, the mean KL(full cache || compressed) over the continuation's tokens, loss and full_loss,
+    the mean next-token losses; nats."""
+    labels = jnp.asarray(continuations)[:, 1:]
+    kl = optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(compressed), jax.nn.log_softmax(full)).mean(axis=1)
+    loss, full_loss = (optax.losses.softmax_cross_entropy_with_integer_labels(one, labels).mean(axis=1) for one in (compressed, full))
+    return [{"kl": float(a), "loss": float(b), "full_loss": float(c)} for a, b, c in zip(kl, loss, full_loss, strict=True)]
 
 
 def windows(texts: Sequence[Sequence[int]], context: int, continuation: int, count: int, seed: int) -> list[tuple[list[int], list[int]]]:

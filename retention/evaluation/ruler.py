@@ -14,7 +14,6 @@ The words differ from the paper's; the one-shot example that its authors put bef
 with the first words of its answer.
 """
 
-import difflib
 import functools
 import itertools
 import math
@@ -27,6 +26,7 @@ import numpy as np
 from retention.evaluation import ruler_documents
 from retention.evaluation.needles import Sample, plant, strata
 from retention.evaluation.ruler_words import ADJECTIVES, NOUNS
+from retention.names import check_name
 from retention.training import text
 from retention.training.documents import ASK, END, SYSTEM, USER
 from retention.training.words import pick
@@ -153,7 +153,7 @@ def samples(task: str, encode: text.Encode, texts: list[str], length: int, count
     Raises ValueError for an unknown task, a length too short for the task's own words, texts or a file that do not fill it, no texts where a
     task needs prose, and no data or malformed data where a task needs documents.
     """
-    _check(task)
+    check_name("task", task, TASKS)
     if task in PROSE and not any(texts):
         raise ValueError(f"{task} needs prose and texts holds none; give the documents that text.load returns")
     rng = np.random.default_rng((TASKS.index(task), seed))
@@ -177,16 +177,9 @@ def score(task: str, answer: tuple[str, ...], generated: str) -> float:
 
     These are the benchmark's own measures, by substring. Raises ValueError for an unknown task.
     """
-    _check(task)
+    check_name("task", task, TASKS)
     found = [ruler_documents.holds(generated, (one,)) for one in answer]
     return float(any(found)) if task in QA else sum(found) / len(found)
-
-
-def _check(task: str):
-    if task not in TASKS:
-        near = difflib.get_close_matches(task, TASKS)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(f"unknown task {task!r}: {hint}known are {', '.join(TASKS)}")
 
 
 def _sized(task: str, draft: _Draft, encode: text.Encode, length: int) -> Sample:

@@ -7,8 +7,7 @@ A new policy is a `score` function and one line:
 It then runs under every name, flag and config that takes a policy, and in the tests' matrix. What the others need of the model, see `Policy`.
 """
 
-import difflib
-
+from retention.names import check_name
 from retention.policies import (
     ada_snapkv,
     epikv,
@@ -48,10 +47,7 @@ def names() -> list[str]:
 
 def get(name: str) -> Policy:
     """The registered policy. Raises ValueError, with the nearest names, for an unknown one."""
-    if name not in _REGISTRY:
-        near = difflib.get_close_matches(name, _REGISTRY)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(f"unknown policy {name!r}: {hint}known are {', '.join(names())}")
+    check_name("policy", name, names())
     return _REGISTRY[name]
 
 

@@ -142,7 +142,7 @@ def test_malformed_files(tmp_path, task, raw, message):
 
 
 def test_unknown_tasks_and_missing_files(tmp_path):
-    with pytest.raises(ValueError, match="unknown task 'longbench_v3'; those with files are gsm8k, "):
+    with pytest.raises(ValueError, match="unknown task 'longbench_v3': did you mean longbench_v2"):
         datasets.load("longbench_v3", tmp_path)
     with pytest.raises(FileNotFoundError, match="holds no file of gsm8k: looked for gsm8k_test.jsonl and gsm8k/test.jsonl"):
         datasets.load("gsm8k", tmp_path)

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from retention.evaluation import datasets, longproc, metrics
-from retention.evaluation.datasets import Sample
+from retention.evaluation.datasets import Problem
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_programs_need_a_compiler(monkeypatch):
 
 def test_score():
     def score(task, generated, *answers, **extra):
-        return metrics.score(task, Sample("", "", answers, extra), generated)
+        return metrics.score(task, Problem("", "", answers, extra), generated)
 
     assert score("gsm8k", "#### 18", "18") == {"accuracy": 1}
     assert score("aime25", r"\boxed{18}", "19") == {"accuracy": 0}

@@ -1,0 +1,37 @@
+"""A leaderboard from run folders: python -m experiments.report --runs=runs/leaderboard,runs/other --out=experiments/leaderboard.
+
+Writes leaderboard.md, a table for each task and length and the runs that it comes from, and leaderboard.png.
+"""
+
+import csv
+import json
+import pathlib
+
+from absl import app, flags
+
+from retention.evaluation.plots import plot_scores
+from retention.evaluation.report import leaderboard
+
+RUNS = flags.DEFINE_list("runs", None, "Run folders of experiments.evaluate, finished ones.")
+OUT = flags.DEFINE_string("out", None, "The folder to write into.")
+flags.mark_flags_as_required(["runs", "out"])
+
+
+def main(_):
+    runs = []
+    for folder in map(pathlib.Path, RUNS.value):
+        missing = [name for name in ("results.csv", "run_meta.json") if not (folder / name).exists()]
+        if missing:
+            raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}; give --runs folders in which experiments.evaluate has come to its end")
+        with open(folder / "results.csv", newline="") as file:
+            runs.append((folder.name, json.loads((folder / "run_meta.json").read_text()), list(csv.DictReader(file))))
+    out = pathlib.Path(OUT.value)
+    out.mkdir(parents=True, exist_ok=True)
+    text, rows = leaderboard(runs)
+    (out / "leaderboard.md").write_text(text)
+    plot_scores(rows, out / "leaderboard.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    app.run(main)
