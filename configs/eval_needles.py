@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.gates = "shipped"
     config.dtype = "float32"
     config.text = "pydoc"  # haystacks
-    config.data = placeholder(str)  # the folder of benchmarks' files, or the file that qa_1 or qa_2 asks from
+    config.data = placeholder(str)  # the folder of benchmarks' files
     config.seed = 0
     config.tasks = ("needle", "needle4", "facts")  # and "prose": KL to the full cache over the text that follows the context
     config.lengths = (1024, 4096)
@@ -32,4 +32,5 @@ def get_config() -> ConfigDict:
     config.window = placeholder(int)
     config.continuation = 128  # tokens of prose scored behind the context
     config.max_new_tokens = 24
+    config.execute = False  # whether longproc_pseudo_to_code may run the programs that the model writes
     return config

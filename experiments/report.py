@@ -1,6 +1,6 @@
 """A leaderboard from run folders: python -m experiments.report --runs=runs/leaderboard,runs/other --out=experiments/leaderboard.
 
-Writes leaderboard.md, a table for each task and length and the runs that it comes from, and leaderboard.png.
+Writes leaderboard.md, a table for each model, task and length, and the runs that they come from, and leaderboard.png.
 """
 
 import csv
@@ -20,11 +20,12 @@ flags.mark_flags_as_required(["runs", "out"])
 def main(_):
     runs = []
     for folder in map(pathlib.Path, RUNS.value):
-        missing = [name for name in ("results.csv", "run_meta.json") if not (folder / name).exists()]
+        missing = [name for name in ("config.json", "results.csv", "run_meta.json") if not (folder / name).exists()]
         if missing:
             raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}; give --runs folders in which experiments.evaluate has come to its end")
+        config, meta = (json.loads((folder / name).read_text()) for name in ("config.json", "run_meta.json"))
         with open(folder / "results.csv", newline="") as file:
-            runs.append((folder.name, json.loads((folder / "run_meta.json").read_text()), list(csv.DictReader(file))))
+            runs.append((str(folder), config, meta, list(csv.DictReader(file))))
     out = pathlib.Path(OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     text, rows = leaderboard(runs)

@@ -73,7 +73,7 @@ class RunFolder:
         """Writes and returns run_meta.json: commit, command, versions, device, seconds, and the facts given (seed, ...)."""
         meta = {
             "commit": commit(),
-            "command": shlex.join(sys.argv),
+            "command": shlex.join(["python", *sys.orig_argv[1:]]),
             "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
             "python": platform.python_version(),
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

@@ -12,7 +12,7 @@ LongProc's travel_planning is not read.
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,19 @@ def load(task: str, folder: str | Path) -> list[Problem]:
     """
     check_name("task", task, TASKS)
     names, sample = TASKS[task]
-    path = next((path for name in names if (path := Path(folder).expanduser() / name).is_file()), None)
-    if path is None:
-        raise FileNotFoundError(f"the folder {folder} holds no file of {task}: looked for {' and '.join(names)}")
+    path = find(task, names, folder)
     samples = [one for record in _records(path) if (one := sample(record)) is not None]
     if not samples:
         raise ValueError(f"{path} holds no record")
     return samples
+
+
+def find(task: str, names: Sequence[str], folder: str | Path) -> Path:
+    """The first file of these names in `folder`. Raises FileNotFoundError, which says what was looked for."""
+    path = next((path for name in names if (path := Path(folder).expanduser() / name).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"the folder {folder} holds no file of {task}: looked for {' and '.join(names)}")
+    return path
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Runs tasks over policies, scopes and budgets: every answer a record, every finished batch of a cell skipped when a run goes on.
 
 What is read is compressed before the question is seen, unless config.question_seen. Policies of config.one_shot read a context whole and compress it once,
-as their papers have it; those that can share the reading, and all their budgets, do. The others read in chunks, in bounded memory.
+as their papers have it; those that can share the reading, and all their budgets, do, and each cell is charged for all of it. The others read in chunks, in
+bounded memory, and evict while they read: their prefill_seconds hold both.
 """
 
 import csv
@@ -10,6 +11,7 @@ import hashlib
 import itertools
 import pathlib
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -44,7 +46,7 @@ class Cell:
 def cells(config: ConfigDict) -> list[Cell]:
     """For each task and length the full cache, then every policy under each of its scopes at every budget; "window", the baseline, among them.
 
-    Raises ValueError for a name that is not known, and a scope that a policy cannot have.
+    Raises ValueError for a name that is not known.
     """
     for task in config.tasks:
         tasks.check(task)
@@ -60,7 +62,23 @@ def cells(config: ConfigDict) -> list[Cell]:
             for name in named:
                 scopes = config.scopes or (policies.get(name).scope,)
                 table += [Cell(task, length, name, scope, budget) for scope, budget in itertools.product(scopes, config.budgets)]
-    return table
+    return list(dict.fromkeys(table))
+
+
+def empty_rows(config: ConfigDict, model: Model, cell: Cell, batch: int) -> Rows:
+    return Rows(model, batch, cell.budget, cell.policy, cell.scope, config.prefill_chunk, config.sinks, config.window)
+
+
+def check_cells(config: ConfigDict, model: Model, table: Sequence[Cell]) -> None:
+    """Raises ValueError, with the cell, for one that cannot run: a scope that its policy cannot have, a budget below what is always kept, no gates."""
+    for cell in table:
+        try:
+            rows = empty_rows(config, model, cell, batch=1)
+            if cell.length and isinstance(rows.budget, float):
+                generation.check_protected(int(cell.budget * cell.length), rows.plan.sinks, rows.window, rows.plan.policy.floor)
+        except ValueError as error:
+            budget = "" if cell.budget is None else f" at budget {cell.budget:g}"
+            raise ValueError(f"{cell.task}{f' of {cell.length} tokens' if cell.length else ''}, {cell.policy} ({cell.scope}){budget}: {error}") from None
 
 
 def interval(mean: float, count: int) -> tuple[float, float]:
@@ -72,29 +90,36 @@ def interval(mean: float, count: int) -> tuple[float, float]:
 
 
 def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
-    """Fills the table; writes metrics.jsonl (a record a question), results.csv, plots and run_meta.json; returns the table's rows."""
+    """Fills the table; writes metrics.jsonl (a record a question), results.csv, plots and run_meta.json; returns the table's rows.
+
+    What is wrong with the config or a file is found before the first cell runs: raises as `cells`, `check_cells`, `tasks.load` and `RunFolder` do.
+    """
     table = cells(config)
     run = RunFolder(workdir, config)
     model = checkpoints.load(config.model, gates=config.gates, dtype=config.dtype)
+    check_cells(config, model, table)
     texts = text.load(config.text)
+    drop_cut_batches(run, config)
     done = {(Cell(**record["cell"]), record["sample"]) for record in run.metrics()}
-    with tqdm(total=len(table) * config.samples, unit="sample", desc="evaluating", smoothing=0) as progress:
-        progress.update(len(done))
-        for (task, length), group in itertools.groupby(table, lambda cell: (cell.task, cell.length)):
-            group = list(group)
-            if all((cell, sample) in done for cell in group for sample in range(config.samples)):
-                continue
-            load = prose_task if task == "prose" else asking_task
-            samples = load(config, model, texts, task, length)
-            for first in range(0, config.samples, config.batch_size):
-                batch = range(first, min(first + config.batch_size, config.samples))
-                missing = [cell for cell in group if not all((cell, sample) in done for sample in batch)]
-                for cell, records in samples.run(missing, batch):
+    missing: dict[tuple, list[Cell]] = {}
+    for cell in table:
+        if not all((cell, sample) in done for sample in range(config.samples)):
+            missing.setdefault((cell.task, cell.length), []).append(cell)
+    load = {task: prose_task if task == "prose" else asking_task for task in config.tasks}
+    loaded = {(task, length): load[task](config, model, texts, task, length) for task, length in missing}
+    with tqdm(total=len(table) * config.samples, initial=len(done), unit="sample", desc="evaluating", smoothing=0) as progress:
+        for (task, length), group in missing.items():
+            for batch in batches(config):
+                wanted = [cell for cell in group if (cell, batch[0]) not in done]
+                for cell, records in loaded[task, length].run(wanted, batch) if wanted else ():
                     run.log_all([{"cell": dataclasses.asdict(cell), **record} for record in records])
                     progress.update(len(batch))
                     progress.set_postfix_str(f"{task} {length or ''} {cell.policy} {cell.budget or ''}")
     records = run.metrics()
-    rows = [summarise(config, cell, [record for record in records if Cell(**record["cell"]) == cell]) for cell in table]
+    by_cell: dict[Cell, list[dict]] = {cell: [] for cell in table}
+    for record in records:
+        by_cell[Cell(**record["cell"])].append(record)
+    rows = [summarise(config, cell, own) for cell, own in by_cell.items()]
     with open(run.path / "results.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
@@ -104,8 +129,24 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
     return rows
 
 
-def read_once(config: ConfigDict, name: str) -> bool:
-    return name in config.one_shot or name == "full"
+def batches(config: ConfigDict) -> list[range]:
+    return [range(first, min(first + config.batch_size, config.samples)) for first in range(0, config.samples, config.batch_size)]
+
+
+def drop_cut_batches(run: RunFolder, config: ConfigDict) -> None:
+    """Takes from metrics.jsonl the batch that a crash has cut off while its records were written, if there is one: it runs again."""
+    records = run.metrics()
+    keys = [(Cell(**record["cell"]), record["sample"]) for record in records]
+    found, wanted = Counter(keys), {key: record["questions"] for key, record in zip(keys, records, strict=True)}
+    whole = {
+        (cell, sample)
+        for cell in dict.fromkeys(cell for cell, _ in keys)
+        for batch in batches(config)
+        if all(found[cell, sample] == wanted.get((cell, sample)) for sample in batch)
+        for sample in batch
+    }
+    if not whole.issuperset(keys):
+        run.keep_metrics([record for key, record in zip(keys, records, strict=True) if key in whole])
 
 
 @dataclasses.dataclass
@@ -116,33 +157,22 @@ class Reader:
     model: Model
 
     def rows(self, wanted: Sequence[Cell], contexts: Sequence[Sequence[int]]) -> Iterator[tuple[Cell, Rows, dict]]:
-        config, whole = self.config, [cell for cell in wanted if read_once(self.config, cell.policy)]
-        named = [name for name in dict.fromkeys(cell.policy for cell in whole) if name != "full"]
-        groups = generation.together(named)
-        # Any reading is the full cache.
-        for group in groups or ([()] if whole else []):
+        config = self.config
+        shared = [cell for cell in wanted if cell.policy in config.one_shot and cell.policy != "full"]
+        # The full cache is read for itself: what others note of a reading takes time and memory.
+        for cell in (cell for cell in wanted if cell not in shared):
             start = time.time()
-            reading = generation.read(self.model, group, contexts) if group else self.append(Rows(self.model, len(contexts), None), contexts)
+            rows = empty_rows(config, self.model, cell, len(contexts))
+            rows.append(contexts)
+            yield cell, rows, {"prefill_seconds": settled(rows, start), "evict_seconds": 0.0}
+        for group in generation.together(list(dict.fromkeys(cell.policy for cell in shared))):
+            start = time.time()
+            reading = generation.read(self.model, group, contexts)
             seconds = settled(reading, start)
-            full = [cell for cell in whole if cell.policy == "full" and group == (groups[0] if groups else ())]
-            for cell in full + [cell for cell in whole if cell.policy in group]:
+            for cell in (cell for cell in shared if cell.policy in group):
                 start = time.time()
-                rows = reading
-                if cell.policy != "full":
-                    rows = reading.compress(cell.budget, cell.policy, cell.scope, config.sinks, config.window, config.prefill_chunk)
+                rows = reading.compress(cell.budget, cell.policy, cell.scope, config.sinks, config.window, config.prefill_chunk)
                 yield cell, rows, {"prefill_seconds": seconds, "evict_seconds": settled(rows, start)}
-        for cell in wanted:
-            if cell not in whole:
-                start = time.time()
-                empty = Rows(
-                    self.model, len(contexts), cell.budget, cell.policy, cell.scope, config.prefill_chunk, config.sinks, config.window
-                )  # fmt: skip
-                rows = self.append(empty, contexts)
-                yield cell, rows, {"prefill_seconds": settled(rows, start), "evict_seconds": 0.0}
-
-    def append(self, rows: Rows, tokens: Sequence[Sequence[int]]) -> Rows:
-        rows.append(tokens)
-        return rows
 
 
 def settled(rows: Rows, start: float) -> float:
@@ -174,42 +204,48 @@ class Asking:
     task: tasks.Task
 
     def run(self, wanted: Sequence[Cell], batch: Sequence[int]) -> Iterator[tuple[Cell, list[dict]]]:
-        """The records of one batch of samples, for each cell."""
-        encode, samples = self.reader.model.tokenizer.encode, [self.task.samples[i] for i in batch]
-        contexts = [encode(sample.context, bos=True) for sample in samples]
+        """The records of one batch of samples, for each cell. decode_seconds: to read and answer all questions of a sample."""
+        tokenizer = self.reader.model.tokenizer
+        samples = [self.task.samples[i] for i in batch]
+        contexts = [tokenizer.encode(sample.context, bos=True) for sample in samples]
         for cell, rows, seconds in self.reader.rows(wanted, contexts):
             start = time.time()
-            answers = list(self.answers(rows, samples))
+            rounds = list(self.answers(rows, samples))
             seconds |= {"decode_seconds": round((time.time() - start) / len(samples), 4)}
             records = []
             for row, (i, sample) in enumerate(zip(batch, samples, strict=True)):
                 cache = held(rows, row)
-                for question, asked in enumerate(sample.questions):
-                    generated = answers[question][row]
+                for number, asked in enumerate(sample.questions):
+                    answer, entries = rounds[number][row]
+                    generated = tokenizer.decode(answer)
                     records.append(
                         {
-                            "sample": i, "question": question, "prompt": hashlib.sha256((sample.context + asked).encode()).hexdigest()[:16],
-                            "answer": sample.answers[question], "generated": generated, **self.task.score(i, question, generated), **cache, **seconds,
+                            "sample": i, "question": number, "questions": len(sample.questions),
+                            "prompt": hashlib.sha256((sample.context + asked).encode()).hexdigest()[:16],
+                            "answer": sample.answers[number], "generated": generated, **self.task.score(i, number, generated),
+                            "answer_tokens": len(answer), **cache, "kept_at_end": entries, **seconds,
                         }
                     )  # fmt: skip
                     cache = {name: value for name, value in cache.items() if not name.startswith("kept_by")}  # said once
             yield cell, records
 
-    def answers(self, rows: Rows, samples: Sequence) -> Iterator[list[str]]:
-        """To the first question of every sample, to the second, ...: each asked of a copy of the rows, or in turn where they are turns."""
+    def answers(self, rows: Rows, samples: Sequence) -> Iterator[list[tuple[list[int], int]]]:
+        """To the first question of every sample, to the second, ...: each asked of a copy of the rows, or in turn where they are turns.
+
+        Each with the entries that the cache held at its end. A sample without so many questions says whatever it says.
+        """
         tokenizer, config = self.reader.model.tokenizer, self.reader.config
-        turns, ended = samples[0].turns, [True] * len(samples)
-        going = rows.fork()
+        turns, ended, going = samples[0].turns, [True] * len(samples), rows
         for number in range(max(len(sample.questions) for sample in samples)):
-            going = going if turns else rows.fork()
+            going = going if turns and number else rows.fork()
             asked = [sample.questions[number] if number < len(sample.questions) else "" for sample in samples]
             if turns:  # an answer that was cut off is ended first, as a turn must be
-                asked = [question if end or not question else END + question for question, end in zip(asked, ended, strict=True)]
+                asked = [question if end else END + question for question, end in zip(asked, ended, strict=True)]
             going.append([tokenizer.encode(question, bos=False) if question else [] for question in asked])
             tokens = np.concatenate(list(going.decode(config.max_new_tokens, 0.0, 1.0, config.seed, tokenizer.eos_ids)), axis=1)
             answers = [[int(token) for token in row if token >= 0] for row in tokens]
-            ended = [bool(answer) and answer[-1] in tokenizer.eos_ids for answer in answers]
-            yield [tokenizer.decode(answer) for answer in answers]
+            ended = [answer[-1] in tokenizer.eos_ids for answer in answers]
+            yield list(zip(answers, cache_lib.kept_entries(going.cache).tolist(), strict=True))
 
 
 @dataclasses.dataclass
@@ -223,17 +259,16 @@ class Prose:
         """The records of one batch of samples, for each cell."""
         contexts, continuations = zip(*(self.windows[i] for i in batch), strict=True)
         full = Rows(self.reader.model, len(batch), None)
-        full = prose.continuation_logits(self.reader.append(full, contexts), continuations)
+        full.append(contexts)
+        full = prose.continuation_logits(full, continuations)
         for cell, rows, seconds in self.reader.rows(wanted, contexts):
             measured = prose.divergence(full, prose.continuation_logits(rows, continuations), continuations)
-            yield cell, [{"sample": i, **measured[row], **held(rows, row), **seconds} for row, i in enumerate(batch)]
+            yield cell, [{"sample": i, "questions": 1, **measured[row], **held(rows, row), **seconds} for row, i in enumerate(batch)]
 
 
 def asking_task(config: ConfigDict, model: Model, texts: list[str], task: str, length: int | None) -> Asking:
-    loaded = tasks.load(task, model.tokenizer.encode, texts, length, config.samples, config.seed, config.data)
-    if config.question_seen:
-        loaded = tasks.seen(loaded)
-    return Asking(Reader(config, model), loaded)
+    loaded = tasks.load(task, model.tokenizer.encode, texts, length, config.samples, config.seed, config.data, config.execute)
+    return Asking(Reader(config, model), tasks.seen(loaded) if config.question_seen else loaded)
 
 
 def prose_task(config: ConfigDict, model: Model, texts: list[str], task: str, length: int) -> Prose:
@@ -246,11 +281,11 @@ def summarise(config: ConfigDict, cell: Cell, records: list[dict]) -> dict:
 
     Seconds are those of the fastest batch: the first one compiles.
     """
-    known = {"cell", "sample", "question", "prompt", "answer", "generated", "kept_by_stream", "kept_by_distance"}
+    known = {"cell", "sample", "question", "questions", "prompt", "answer", "generated", "kept_by_stream", "kept_by_distance"}
     samples = len({record["sample"] for record in records})
     row = {
         **dataclasses.asdict(cell),
-        "prefill": "one-shot" if read_once(config, cell.policy) else f"chunks of {config.prefill_chunk}",
+        "prefill": "one-shot" if cell.policy == "full" or cell.policy in config.one_shot else f"chunks of {config.prefill_chunk}",
         "question_seen": config.question_seen,
         "samples": samples,
         "questions": len(records),

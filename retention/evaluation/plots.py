@@ -43,36 +43,59 @@ def plot_results(rows: Sequence[dict], records: Sequence[dict], folder: pathlib.
 
 
 def label(cell: dict) -> str:
-    return f"{cell['policy']} ({cell['scope']})"
+    return "full cache" if cell["policy"] == "full" else f"{cell['policy']} ({cell['scope']})"
+
+
+def panels(rows: Sequence[dict]) -> list[list[dict]]:
+    """The rows of each panel or table: one model, where rows tell it, task and length, and the question known or not when the context is compressed."""
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        found.setdefault(title(row), []).append(row)
+    return list(found.values())
+
+
+def title(row: dict) -> str:
+    parts = [row["task"], f"{row['length']} tokens" if row["length"] else "", row.get("model", "")]
+    return ", ".join([part for part in parts if part] + ["question known when the context is compressed"] * (str(row["question_seen"]) == "True"))
 
 
 def plot_scores(rows: Sequence[dict], path: pathlib.Path) -> None:
-    """A panel a task and length: score (of prose KL) against budget, a line a policy and scope with 95 % intervals; the full cache as a band."""
-    panels = list(dict.fromkeys((row["task"], row["length"]) for row in rows))
-    figure, axes = plt.subplots(1, len(panels), figsize=(1.5 + 5 * len(panels), 5), squeeze=False, layout="constrained")
-    names = list(dict.fromkeys(label(row) for row in rows if row["policy"] != "full"))
-    for axis, (task, length) in zip(axes[0], panels, strict=True):
-        mine = [row for row in rows if (row["task"], row["length"]) == (task, length)]
-        measure = "score" if "score" in mine[0] else "kl"
-        for row in mine:
-            if row["policy"] == "full":
-                axis.axhline(row[measure], color="0.3", linestyle="--", linewidth=1, label="full cache")
-                if "low" in row:
-                    axis.axhspan(row["low"], row["high"], color="0.3", alpha=0.08)
-        for number, name in enumerate(names):
-            line = sorted((row for row in mine if label(row) == name), key=lambda row: row["budget"])
-            x, y = [row["budget"] for row in line], np.array([row[measure] for row in line])
-            # Apart by a little, so that intervals do not cover each other.
-            x = np.array(x) * (1 + 0.012 * (number - len(names) / 2))
-            errors = [y - [row["low"] for row in line], [row["high"] for row in line] - y] if "low" in mine[0] else None
-            learned = name.startswith("retention")
-            style = dict(linewidth=2.5, color="tab:red", zorder=3) if learned else dict(linewidth=1, color=plt.cm.tab20(number % 20))
-            axis.errorbar(x, y, errors, marker="o", markersize=3, elinewidth=0.6, label=name, **style)
+    """A panel a task and length: score (of prose KL) against budget, a line a policy and scope with 95 % intervals; the full cache as a band.
+
+    Where the rows are of several runs, each run has lines of its own.
+    """
+    several = len({row.get("run") for row in rows}) > 1
+    lines: dict[str, list[dict]] = {}
+    for row in rows:
+        lines.setdefault(f"{label(row)}, {row['run']}" if several else label(row), []).append(row)
+    own = panels(rows)
+    figure, axes = plt.subplots(1, len(own), figsize=(1.5 + 5 * len(own), 5), squeeze=False, layout="constrained")
+    for axis, panel in zip(axes[0], own, strict=True):
+        measure = "score" if "score" in panel[0] else "kl"
+        for number, (name, line) in enumerate(lines.items()):
+            mine = sorted((row for row in line if title(row) == title(panel[0])), key=lambda row: row["budget"] or 0)
+            y = np.array([row[measure] for row in mine])
+            if mine and mine[0]["policy"] == "full":
+                axis.axhline(y[0], color="0.3", linestyle="--", linewidth=1, label=name)
+                if "low" in mine[0]:
+                    axis.axhspan(mine[0]["low"], mine[0]["high"], color="0.3", alpha=0.08)
+            elif mine:
+                # Apart by a little, so that intervals do not cover each other.
+                x = np.array([row["budget"] for row in mine]) * (1 + 0.012 * (number - len(lines) / 2))
+                errors = [y - [row["low"] for row in mine], [row["high"] for row in mine] - y] if "low" in mine[0] else None
+                axis.errorbar(x, y, errors, marker="o", markersize=3, elinewidth=0.6, label=name, **style(name, number))
         axis.set_xscale("log", base=2)
-        axis.set(title=f"{task}{f', {length} tokens' if length else ''}", xlabel="budget", ylabel=measure)
-    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        axis.set(xlabel="budget", ylabel=measure)
+        axis.set_title(title(panel[0]), fontsize=9, wrap=True)
+    handles = {name: handle for axis in axes[0] for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    axes[0][-1].legend(handles.values(), handles.keys(), fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def style(name: str, number: int) -> dict:
+    """The learned policy stands out."""
+    return dict(linewidth=2.5, color="tab:red", zorder=3) if name.startswith("retention") else dict(linewidth=1, color=plt.cm.tab20(number % 20))
 
 
 def plot_heads(records: Sequence[dict], path: pathlib.Path) -> None:
@@ -104,8 +127,7 @@ def plot_distance(records: Sequence[dict], path: pathlib.Path) -> None:
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     for number, (name, share) in enumerate(shares.items()):
         share = np.mean(share, axis=0)
-        style = dict(linewidth=2.5, color="tab:red") if name.startswith("retention") else dict(linewidth=1, color=plt.cm.tab20(number % 20))
-        axis.plot((np.arange(len(share)) + 0.5) / len(share), share, label=name, **style)
+        axis.plot((np.arange(len(share)) + 0.5) / len(share), share, label=name, **style(name, number))
     axis.set(xlabel="distance from the newest token, share of the context", ylabel=f"share kept at budget {smallest:g}")
     axis.legend(fontsize=7)
     figure.savefig(path, dpi=130)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from retention import cache as cache_lib
 from retention import programs
-from retention.generation import CHUNK, Rows
+from retention.generation import Rows
 from retention.model import bind
 
 
@@ -21,11 +22,10 @@ def _logits(plan, params, gates, cache, tokens, logits):
 
 def continuation_logits(rows: Rows, continuations: Sequence[Sequence[int]]) -> jax.Array:
     """[B, T-1, V]: what is predicted of the tokens 1 to T-1 of each sequence's continuation, read as written behind what the rows hold, which stay as
-    they are. The continuation stays whole in the write buffer; raises ValueError if it has more than CHUNK tokens."""
-    tokens = jnp.asarray(continuations)
-    if tokens.shape[1] > CHUNK:
-        raise ValueError(f"continuation has {tokens.shape[1]} tokens; the write buffer takes {CHUNK}")
-    return _logits(rows.plan, rows.model.params, rows.gates, rows.cache, tokens[:, :-1], rows.logits)
+    they are. Nothing is evicted meanwhile."""
+    tokens = jnp.asarray(continuations)[:, :-1]
+    cache = cache_lib.with_buffer(rows.cache, max(tokens.shape[1], rows.cache.buffer_position.shape[1]))
+    return _logits(rows.plan, rows.model.params, rows.gates, cache, tokens, rows.logits)
 
 
 def divergence(full: jax.Array, compressed: jax.Array, continuations: Sequence[Sequence[int]]) -> list[dict[str, float]]:

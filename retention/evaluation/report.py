@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from retention.evaluation.plots import label, panels, title
+
 NUMBERS = ("score", "low", "high", "kl", "loss", "prefill_seconds", "evict_seconds", "decode_seconds", "allocated_bytes", "kept_entries", "samples")
 
 
@@ -13,46 +15,51 @@ def typed(row: dict[str, str]) -> dict:
     return out
 
 
-def leaderboard(runs: Sequence[tuple[str, dict, Sequence[dict[str, str]]]]) -> tuple[str, list[dict]]:
-    """Markdown, and the rows in it with their numbers, from (name, run_meta.json, rows of results.csv) of each run.
+def leaderboard(runs: Sequence[tuple[str, dict, dict, Sequence[dict[str, str]]]]) -> tuple[str, list[dict]]:
+    """Markdown, and the rows in it with their numbers, from (name, config.json, run_meta.json, rows of results.csv) of each run.
 
-    A table for each task and length: the policies, best at the smallest budget first, with score (prose: KL) and 95 % interval at each budget, and the cost
-    at the smallest: seconds a context to read and compress it, to answer, and the cache's MB. Then each run's commit, seed, hardware and command.
+    A table for each model, task and length: the full cache, then the policies, best at the smallest budget first, with score (prose: KL) and 95 %
+    interval at each budget, and the cost at the smallest: seconds a context to read and compress it, to answer, and the cache's MB. Then each run's
+    commit, seed, hardware and command.
     """
-    rows = [{**typed(row), "run": name} for name, _, table in runs for row in table]
+    rows = [{**typed(row), "model": config["model"], "run": name} for name, config, _, table in runs for row in table]
     parts = ["# Leaderboard", ""]
-    for task, length in dict.fromkeys((row["task"], row["length"]) for row in rows):
-        parts += _table([row for row in rows if (row["task"], row["length"]) == (task, length)], task, length)
+    for own in panels(rows):
+        parts += _table(own)
     parts += ["| run | commit | seed | hardware | command |", "|---|---|---|---|---|"]
-    parts += [f"| {name} | {meta['commit']} | {meta['seed']} | {meta['host'] if 'cpu' in meta['device'] else meta['device']} | `python {meta['command']}` |" for name, meta, _ in runs]
+    for name, _, meta, _ in runs:
+        hardware = meta["host"] if "cpu" in meta["device"] else meta["device"]
+        parts.append(f"| {name} | {meta['commit']} | {meta['seed']} | {hardware} | `{meta['command']}` |")
     return "\n".join(parts) + "\n", rows
 
 
-def _table(rows: list[dict], task: str, length: int | None) -> list[str]:
+def _table(rows: list[dict]) -> list[str]:
     measure = "score" if "score" in rows[0] else "kl"
     budgets = sorted({row["budget"] for row in rows if row["budget"] is not None}, reverse=True)
-    full = next(row for row in rows if row["policy"] == "full")
-    found = {}
+    lines: dict[tuple, dict] = {}  # of one policy, read in one way, in one run: its rows by budget
     for row in rows:
-        if row["policy"] != "full":
-            found.setdefault((row["policy"], row["scope"], row["prefill"], row["run"]), {})[row["budget"]] = row
-    order = sorted(found.items(), key=lambda item: [(1 if measure == "kl" else -1) * item[1][budget][measure] for budget in reversed(budgets)])
-    what = "score, 95 % interval" if measure == "score" else "KL to the full cache, nats"
-    known = ", **the question known when the context is compressed**" if full["question_seen"] == "True" else ""
-    title = f"## {task}{f', {length} tokens' if length else ''}"
-    samples = f"{full['samples']:.0f} contexts, {full['questions']} questions a cell" if "questions" in full else f"{full['samples']:.0f} contexts a cell"
-    head = ["policy (scope)", "read", *(f"{budget:.4g}" for budget in budgets), "read + compress s", "answer s", "MB", "run"]
+        lines.setdefault((label(row), row["prefill"], row["run"]), {})[row["budget"]] = row
+
+    def rank(cells: dict) -> list[float]:
+        worst = float("inf")
+        return [(-1 if measure == "score" else 1) * cells[budget][measure] if budget in cells else worst for budget in reversed(budgets)]
 
     def shown(row: dict) -> str:
         return f"{row['score']:.2f} ({row['low']:.2f}-{row['high']:.2f})" if measure == "score" else f"{row['kl']:.4f}"
 
-    def cost(row: dict) -> list[str]:
-        answering = f"{row['decode_seconds']:.2f}" if "decode_seconds" in row else ""
-        return [f"{row['prefill_seconds'] + row['evict_seconds']:.2f}", answering, f"{row['allocated_bytes'] / 1e6:.1f}", row["run"]]
+    def line(name: str, prefill: str, run: str, cells: dict) -> list[str]:
+        cheapest = list(cells.values())[-1] if None in cells else cells[min(cells)]
+        if None in cells:  # the full cache
+            name, values = f"{name}: {shown(cheapest)}", [""] * len(budgets)
+        else:
+            values = [shown(cells[budget]) if budget in cells else "" for budget in budgets]
+        answering = f"{cheapest['decode_seconds']:.2f}" if "decode_seconds" in cheapest else ""
+        reading = f"{cheapest['prefill_seconds'] + cheapest['evict_seconds']:.2f}"
+        return [name, prefill, *values, reading, answering, f"{cheapest['allocated_bytes'] / 1e6:.1f}", f"{cheapest['samples']:.0f}", run]
 
-    lines = [[f"full cache: {shown(full)}", full["prefill"], *[""] * len(budgets), *cost(full)]]
-    for (policy, scope, prefill, _), cells in order:
-        name = f"**{policy}** ({scope})" if policy == "retention" else f"{policy} ({scope})"
-        lines.append([name, prefill, *(shown(cells[budget]) for budget in budgets), *cost(cells[budgets[-1]])])
-    table = ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines)]
-    return [title, "", f"{samples}; {what}; columns are budgets{known}.", "", *table, ""]
+    full = [(key, cells) for key, cells in lines.items() if None in cells]
+    order = full + sorted(((key, cells) for key, cells in lines.items() if None not in cells), key=lambda item: rank(item[1]))
+    head = ["policy (scope)", "read", *(f"{budget:.4g}" for budget in budgets), "read + compress s", "answer s", "MB", "contexts", "run"]
+    table = [head, ["---"] * len(head), *(line(*key, cells) for key, cells in order)]
+    what = "score and its 95 % interval" if measure == "score" else "KL to the full cache, nats"
+    return [f"## {title(rows[0])}", "", f"{what[0].upper()}{what[1:]}; columns are budgets.", "", *("| " + " | ".join(one) + " |" for one in table), ""]

@@ -1,9 +1,10 @@
 """One door to all tasks: samples to read and questions to ask, and the score of an answer."""
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from retention.evaluation import datasets, metrics, needles, ruler
 from retention.names import check_name
@@ -11,15 +12,17 @@ from retention.training import text
 from retention.training.documents import ASK, SYSTEM, USER
 
 NAMES = (*needles.TASKS, *ruler.TASKS, "prose", *datasets.TASKS)
+QA_FILES = {"qa_1": ("squad.json", "dev-v2.0.json", "dev-v1.1.json"), "qa_2": ("hotpotqa.json", "hotpot_dev_distractor_v1.json")}
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is read, asked and wanted, sample by sample. Problems, where there are any, are what the samples were made from."""
+    """What is read, asked and wanted, sample by sample. problems: those of a benchmark that the samples were made from. execute: see metrics.score."""
 
     name: str
     samples: Sequence[needles.Sample]
     problems: Sequence[datasets.Problem] = ()
+    execute: bool = False
 
     def score(self, sample: int, question: int, generated: str) -> dict[str, float]:
         """What the task measures of an answer, each from 0 to 1: "score", and what its benchmark reports besides."""
@@ -28,7 +31,7 @@ class Task:
             return {"score": float(needles.correct(self.name, answer, generated))}
         if self.name in ruler.TASKS:
             return {"score": ruler.score(self.name, answer, generated)}
-        first, *others = metrics.score(self.name, self.problems[sample], generated).items()
+        first, *others = metrics.score(self.name, self.problems[sample], generated, self.execute).items()
         return {"score": float(first[1]), **{name: float(value) for name, value in others}}
 
 
@@ -42,23 +45,28 @@ def has_length(name: str) -> bool:
     return name not in datasets.TASKS
 
 
-def load(name: str, encode: text.Encode, texts: list[str], length: int | None, count: int, seed: int, data: str | None) -> Task:
-    """The first `count` samples of a task, of `length` tokens where it has a choice.
+def load(
+    name: str, encode: text.Encode, texts: list[str], length: int | None, count: int, seed: int, data: str | None = None, execute: bool = False
+) -> Task:
+    """`count` samples of a task, of `length` tokens where it has a choice; of a benchmark's problems those that `seed` picks, in the file's order.
 
-    texts: haystacks. data: the folder of the benchmarks' files, or the file that ruler's qa_1 or qa_2 asks from. Raises as the tasks' modules do, and
-    ValueError where a task needs data and there is none, or a file holds fewer than `count`.
+    texts: haystacks. data: the folder of the benchmarks' files and of those that qa_1 and qa_2 ask from. Raises as the tasks' modules do, and
+    ValueError where a task needs data and there is none, or a file holds fewer than `count`. A metric that cannot run here raises now.
     """
     check(name)
     if name in needles.TASKS:
         return Task(name, needles.samples(name, encode, texts, length, count, seed))
+    if data is None and (name in ruler.QA or name in datasets.TASKS):
+        raise ValueError(f"{name} is read from a file: give the folder that holds it as config.data")
     if name in ruler.TASKS:
-        return Task(name, ruler.samples(name, encode, texts, length, count, seed, pathlib.Path(data) if data else None))
-    if data is None:
-        raise ValueError(f"task {name} is read from a file: give its folder as config.data")
+        return Task(name, ruler.samples(name, encode, texts, length, count, seed, datasets.find(name, QA_FILES[name], data) if name in ruler.QA else None))
     problems = datasets.load(name, data)
     if len(problems) < count:
         raise ValueError(f"{name} has {len(problems)} problems and config.samples asks for {count}; ask for no more")
-    return Task(name, [_asked(problem) for problem in problems[:count]], problems[:count])
+    problems = [problems[i] for i in sorted(np.random.default_rng(seed).permutation(len(problems))[:count])]
+    task = Task(name, [_asked(problem) for problem in problems], problems, execute)
+    task.score(0, 0, r"\boxed{\pi}")  # what no comparison of strings settles: the metric may need a package, a compiler, or leave to run programs
+    return task
 
 
 def seen(task: Task) -> Task:

@@ -2,16 +2,29 @@
 
 import csv
 import json
+import os
+import pathlib
+import re
+import signal
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
 
-from configs import needles as needles_config
+from configs import eval_leaderboard, eval_needles, eval_prose, eval_reasoning, eval_ruler
+from retention import generation, policies
 from retention.checkpoints import gates as gates_file
-from retention.evaluation import harness, prose
+from retention.evaluation import harness, needles, prose, tasks
+from retention.generation import Rows
+from retention.runs import RunFolder
+from retention.training.documents import ASK, END, SYSTEM, USER
 from tests import tiny
 from tests.conftest import small_config, small_model
+
+STREAMS = small_config().streams
+TIMES = ("prefill_seconds", "evict_seconds", "decode_seconds")
 
 
 @pytest.fixture(scope="module")
@@ -21,62 +34,289 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def model(folder):
+    return harness.checkpoints.load(str(folder), gates=str(folder / "gates.safetensors"))
+
+
 def config_of(folder, **changes):
-    config = needles_config.get_config()
+    config = eval_needles.get_config()
     values = dict(
-        model=str(folder), gates=str(folder / "gates.safetensors"), tasks=("needle", "prose"), lengths=(256,), samples=2, kept=(0.25,),
-        policies=("retention", "window"), max_new_tokens=4, continuation=32,
+        model=str(folder), gates=str(folder / "gates.safetensors"), tasks=("needle4", "kv_turns", "prose"), lengths=(320,), samples=3, batch_size=2,
+        budgets=(0.25,), policies=("retention", "snapkv"), one_shot=("snapkv", "window"), prefill_chunk=64, max_new_tokens=4, continuation=80,
     )  # fmt: skip
     config.update({**values, **changes})
     return config
 
 
-def test_cells_hold_the_full_cache_once_a_task_and_length(folder):
-    table = harness.cells(config_of(folder, lengths=(256, 512), kept=(0.5, 0.25)))
-    assert len(table) == len(set(table)) == 2 * 2 * (1 + 2 * 2)
-    assert sum(cell.policy == "full" for cell in table) == 4
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """A run of three tasks: one whose questions are forks, one of turns, and prose."""
+    workdir = tmp_path_factory.mktemp("run") / "whole"
+    return workdir, harness.evaluate(config_of(folder), workdir)
 
 
-def test_a_run_writes_its_folder_and_an_interrupted_one_goes_on(folder, tmp_path, monkeypatch):
-    config = config_of(folder)
-    rows = harness.evaluate(config, tmp_path / "whole")
-    assert [(row["task"], row["policy"]) for row in rows] == [(t, p) for t in ("needle", "prose") for p in ("full", "retention", "window")]
-    streams = small_config().streams
-    assert rows[1]["kept_entries"] == rows[2]["kept_entries"] == 64 * streams and rows[0]["kept_entries"] > 200 * streams
-    assert rows[3]["kl"] == 0 and rows[4]["kl"] > 0 and rows[4]["full_loss"] == rows[3]["loss"]
-    assert {file.name for file in (tmp_path / "whole").iterdir()} == {"config.json", "metrics.jsonl", "results.csv", "run_meta.json"}
-    with open(tmp_path / "whole" / "results.csv") as file:
-        assert [row["policy"] for row in csv.DictReader(file)] == [row["policy"] for row in rows]
+def records_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
-    calls, answer = [], harness.answer
 
-    def interrupted(*arguments):
-        calls.append(arguments[2:])
-        if len(calls) == 4:
+def timeless(rows):
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def in_order(records):
+    return sorted(timeless(records), key=lambda record: json.dumps([record["cell"], record["sample"], record.get("question")]))
+
+
+def test_the_full_cache_and_the_window_are_always_there(folder):
+    table = harness.cells(config_of(folder, lengths=(320, 640), budgets=(0.5, 0.25), scopes=("global", "layer"), policies=("full", "retention", "retention")))
+    assert len(table) == len(set(table)) == 3 * 2 * (1 + 2 * 2 * 2)
+    assert {cell.policy for cell in table} == {"full", "retention", "window"}
+    assert sum(cell.policy == "full" for cell in table) == 3 * 2
+    own = harness.cells(config_of(folder, tasks=("gsm8k",), policies=policies.names()))
+    assert all(cell.length is None and cell.scope == policies.get(cell.policy).scope for cell in own)
+
+
+def test_a_run_writes_its_folder(whole):
+    workdir, rows = whole
+    names = ("full", "retention", "snapkv", "window")
+    assert [(row["task"], row["policy"]) for row in rows] == [(task, name) for task in ("needle4", "kv_turns", "prose") for name in names]
+    files = {"config.json", "metrics.jsonl", "results.csv", "run_meta.json", "accuracy.png", "kept_by_head.png", "kept_by_distance.png"}
+    assert {file.name for file in workdir.iterdir()} == files
+    with open(workdir / "results.csv") as file:
+        assert [(row["policy"], row["prefill"], row["question_seen"]) for row in csv.DictReader(file)] == 3 * [
+            ("full", "one-shot", "False"), ("retention", "chunks of 64", "False"), ("snapkv", "one-shot", "False"), ("window", "one-shot", "False"),
+        ]  # fmt: skip
+    meta = json.loads((workdir / "run_meta.json").read_text())
+    assert meta["seed"] == 0 and meta["commit"] and meta["command"].startswith("python ") and meta["seconds"] > 0
+    for row in rows:
+        assert row["samples"] == 3 and row["questions"] == {"needle4": 12, "kv_turns": 12, "prose": 3}[row["task"]]
+        assert (row["low"] <= row["score"] <= row["high"]) if row["task"] != "prose" else "score" not in row
+
+
+def test_records_say_what_was_asked_and_what_was_kept(folder, model, whole):
+    records = records_of(whole[0])
+    assert len(records) == 4 * (12 + 12 + 3)
+    texts = harness.text.load("pydoc")
+    samples = {task: tasks.load(task, model.tokenizer.encode, texts, 320, 3, 0).samples for task in ("needle4", "kv_turns")}
+    for record in records:
+        cell = record["cell"]
+        held = record["context_tokens"] if cell["policy"] == "full" else int(0.25 * record["context_tokens"])
+        assert record["kept_entries"] == held * STREAMS and record["allocated_bytes"] > held * STREAMS * 2 * small_config().head_dim * 4
+        assert all(record[name] >= 0 for name in TIMES[:2])
+        if cell["task"] == "prose":
+            assert record["context_tokens"] == 320 and (record["kl"] == 0 and record["loss"] == record["full_loss"]) == (cell["policy"] == "full")
+        else:
+            sample = samples[cell["task"]][record["sample"]]
+            prompt = sample.context + sample.questions[record["question"]]
+            assert record["prompt"] == harness.hashlib.sha256(prompt.encode()).hexdigest()[:16]
+            assert np.ravel(record["answer"]).tolist() == np.ravel(sample.answers[record["question"]]).tolist()
+            assert 1 <= record["answer_tokens"] <= 4 and abs(record["context_tokens"] - 320) <= 0.02 * 320
+            assert record["score"] == tasks.Task(cell["task"], samples[cell["task"]]).score(record["sample"], record["question"], record["generated"])["score"]
+            assert cell["policy"] == "full" or record["kept_at_end"] == held * STREAMS, "what is appended and generated is evicted too"
+        if record.get("question", 0) == 0:
+            assert np.sum(record["kept_by_stream"]) == record["kept_entries"] and np.shape(record["kept_by_stream"]) == (3, 2)
+            assert len(record["kept_by_distance"]) == harness.BINS
+            if cell["policy"] == "full":
+                assert record["kept_by_distance"] == [1] * harness.BINS
+            if cell["policy"] == "window":
+                assert record["kept_by_distance"][:3] == [1, 1, 1] and set(record["kept_by_distance"][5:-1]) == {0}, "the newest, and at the end 4 sinks"
+                assert 0 < record["kept_by_distance"][-1] < 0.5
+        else:
+            assert "kept_by_stream" not in record
+
+
+@pytest.mark.parametrize("policy", ["full", "retention"])
+def test_answers_equal_those_to_questions_asked_by_hand(model, whole, policy):
+    """Row by row, without batch and harness: the context, a question, the answer, its end if it was cut off, the next question."""
+    texts = harness.text.load("pydoc")
+    for task in ("kv_turns", "needle4"):
+        sample = tasks.load(task, model.tokenizer.encode, texts, 320, 3, 0).samples[1]
+        assert sample.turns == (task == "kv_turns")
+        mine = [r for r in records_of(whole[0]) if (r["cell"]["task"], r["cell"]["policy"], r["sample"]) == (task, policy, 1)]
+        session = generation.Session(model, None if policy == "full" else 0.25, policy, prefill_chunk=64)
+        session.append(sample.context)
+        assert session.stats.kept_entries == mine[0]["kept_entries"]
+        ended = True
+        for record, question in zip(mine, sample.questions, strict=True):
+            asked = session if sample.turns else session.fork()
+            told = asked.generate(question if ended or not sample.turns else END + question, max_new_tokens=4)
+            ended = told.tokens[-1] in model.tokenizer.eos_ids
+            assert told.text == record["generated"] and len(told.tokens) == record["answer_tokens"]
+
+
+def test_turns_that_were_cut_off_are_ended_and_samples_may_have_fewer_questions(folder, model):
+    reader = harness.Reader(config_of(folder), model)
+    appended = []
+
+    class Spy(Rows):
+        def append(self, prompts):
+            appended.append(prompts)
+            super().append(prompts)
+
+        def fork(self):
+            other = super().fork()
+            other.__class__ = Spy
+            return other
+
+    encode = model.tokenizer.encode
+    for turns in (True, False):
+        samples = [
+            needles.Sample(SYSTEM + USER + "One.", ("\n\nA?" + ASK, f"\n{USER}B?{ASK}", f"\n{USER}C?{ASK}"), ("1", "2", "3"), turns),
+            needles.Sample(SYSTEM + USER + "Two, longer.", ("\n\nD?" + ASK,), ("4",), turns),
+        ]
+        rows = Spy(model, 2, None)
+        Rows.append(rows, [encode(sample.context, bos=True) for sample in samples])
+        before = rows.stats(0).kept_entries
+        rounds = list(harness.Asking(reader, tasks.Task("needle", samples)).answers(rows, samples))
+        assert len(rounds) == 3 and rows.stats(0).kept_entries == before, "the context itself is not asked"
+        assert appended[0] == [encode("\n\nA?" + ASK, bos=False), encode("\n\nD?" + ASK, bos=False)]
+        for number, (first, second) in enumerate(appended[1:], 1):
+            question = samples[0].questions[number]
+            cut_off = rounds[number - 1][0][0][-1] not in model.tokenizer.eos_ids
+            assert first == encode(END + question if turns and cut_off else question, bos=False)
+            assert second in ([], encode(END, bos=False))
+        appended.clear()
+
+
+def test_an_interrupted_run_goes_on_and_says_the_same(folder, whole, tmp_path, monkeypatch):
+    """Cut off after a random number of batches of cells, and once more amid the writing of a batch's records."""
+    calls, log_all = [], RunFolder.log_all
+    cut = int(np.random.default_rng().integers(1, 3 * 4 * 2))
+
+    def interrupted(run, records):
+        calls.append(records)
+        if len(calls) == cut:
+            with open(run.path / "metrics.jsonl", "a") as file:  # two whole records of a batch of more, and a part of one
+                file.write("".join(json.dumps(record) + "\n" for record in records)[: 2 * len(json.dumps(records[0])) + 40])
             raise KeyboardInterrupt
-        return answer(*arguments)
+        log_all(run, records)
 
-    monkeypatch.setattr(harness, "answer", interrupted)
+    monkeypatch.setattr(RunFolder, "log_all", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        harness.evaluate(config, tmp_path / "cut")
-    assert harness.evaluate(config, tmp_path / "cut") == rows
-    assert len(calls) == 7, "three samples before the cut, the one cut off, then it and the two that were left"
-    records = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
-    assert len(records) == 12
-    again = harness.evaluate(config, tmp_path / "cut")
-    assert again == rows and len(calls) == 7
+        harness.evaluate(config_of(folder), tmp_path / "cut")
+    rows = harness.evaluate(config_of(folder), tmp_path / "cut")
+    assert timeless(rows) == timeless(whole[1]), cut
+    assert len(calls) == 3 * 4 * 2 + 1, "the batch of a cell that was cut off runs again, and nothing else"
+    assert in_order(records_of(tmp_path / "cut")) == in_order(records_of(whole[0]))
+    assert harness.evaluate(config_of(folder), tmp_path / "cut") == rows and len(calls) == 3 * 4 * 2 + 1
+    with pytest.raises(ValueError, match="seed is 0 there and 1 here"):
+        harness.evaluate(config_of(folder, seed=1), tmp_path / "cut")
 
 
-def test_prose_with_everything_kept_costs_nothing(folder):
-    model = harness.checkpoints.load(str(folder), gates=str(folder / "gates.safetensors"))
-    ((context, continuation),) = prose.windows([list(range(300))], 200, 40, 1, seed=0)
-    assert continuation[0] == context[-1] + 1
-    kl, loss, full_loss = prose.divergence(model, context, continuation, budget=250)
-    assert abs(kl) < 1e-6 and loss == pytest.approx(full_loss, abs=1e-5)
+def test_a_killed_run_goes_on(folder, whole, tmp_path):
+    command = [
+        sys.executable, "-m", "experiments.evaluate", "--config=configs/eval_needles.py", f"--workdir={tmp_path / 'run'}",
+        *(f"--config.{name}={value}" for name, value in config_of(folder).items() if value is not None and value != eval_needles.get_config()[name]),
+    ]  # fmt: skip
+    log = tmp_path / "run" / "metrics.jsonl"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    while process.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    before = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    assert 0 < len(before) < 4 * (12 + 12 + 3)
+    rows = harness.evaluate(config_of(folder), tmp_path / "run")
+    assert timeless(rows) == timeless(whole[1]) and in_order(records_of(tmp_path / "run")) == in_order(records_of(whole[0]))
+    assert log.read_text().startswith("".join(before[: len(before) // 8 * 8])), "what was logged is not done again"  # every eighth record ends a batch
+
+
+def test_a_reading_shared_by_policies_is_each_ones_own(model, whole):
+    """One-shot cells of one reading: the entries that a prefill under that policy alone keeps."""
+    texts = harness.text.load("pydoc")
+    samples = tasks.load("needle4", model.tokenizer.encode, texts, 320, 3, 0).samples
+    for record in records_of(whole[0]):
+        cell = record["cell"]
+        if cell["task"] == "needle4" and cell["policy"] in ("snapkv", "window") and record["question"] == 0:
+            alone = Rows(model, 1, cell["budget"], cell["policy"], cell["scope"], None)
+            alone.append([model.tokenizer.encode(samples[record["sample"]].context, bos=True)])
+            assert {name: record[name] for name in ("kept_by_stream", "kept_by_distance")} == {
+                name: value for name, value in harness.held(alone, 0).items() if name.startswith("kept_by")
+            }
+
+
+def test_the_question_may_be_seen(folder, tmp_path):
+    config = config_of(folder, tasks=("needle4",), policies=("window",), question_seen=True, samples=2)
+    rows = harness.evaluate(config, tmp_path)
+    assert all(row["question_seen"] and row["questions"] == row["samples"] == 2 for row in rows)
+    assert min(record["context_tokens"] for record in records_of(tmp_path)) > 330
+    with pytest.raises(ValueError, match="question_seen makes no sense for kv_turns"):
+        harness.evaluate(config_of(folder, tasks=("kv_turns",), question_seen=True), tmp_path / "turns")
+
+
+def test_reasoning_evicts_while_it_decodes(folder, tmp_path):
+    (tmp_path / "gsm8k_test.jsonl").write_text("".join(json.dumps({"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"}) + "\n" for i in range(9)))
+    config = config_of(
+        folder, tasks=("gsm8k",), data=str(tmp_path), policies=("retention",), one_shot=(), budgets=(16,), prefill_chunk=8, max_new_tokens=24, samples=2
+    )
+    rows = harness.evaluate(config, tmp_path / "run")
+    assert [row["length"] for row in rows] == [None] * 3 and {row["budget"] for row in rows} == {None, 16}
+    for record in records_of(tmp_path / "run"):
+        tokens = record["context_tokens"] + record["answer_tokens"]
+        assert record["kept_at_end"] == 16 * STREAMS if record["cell"]["budget"] else record["kept_at_end"] > tokens * STREAMS
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(tasks=("needel",)), "unknown task 'needel': did you mean needle"),
+        (dict(tasks=("longbench_quasper",)), "did you mean longbench_qasper"),
+        (dict(policies=("retension",)), "unknown policy 'retension': did you mean retention"),
+        (dict(one_shot=("snapvk",)), "unknown policy 'snapvk': did you mean snapkv"),
+        (dict(scopes=("globl",)), "unknown scope 'globl': did you mean global"),
+        (dict(policies=("pyramidkv",), scopes=("layer",)), r"needle4 of 320 tokens, pyramidkv \(layer\) at budget 0.25: .* its scope may be head"),
+        (dict(budgets=(16,)), r"snapkv \(head\) at budget 16: budget 16 is smaller than sinks \+ window = 0 \+ 32"),
+        (dict(budgets=(0.05,)), r"snapkv \(head\) at budget 0.05: budget 16 is smaller than sinks \+ window"),
+        (dict(budgets=(1.5,)), r"a fractional budget must be in \(0, 1\], got 1.5"),
+        (dict(tasks=("gsm8k",)), "gsm8k is read from a file: give the folder that holds it as config.data"),
+        (dict(tasks=("qa_1",)), "qa_1 is read from a file"),
+        (dict(lengths=(100,)), "length must be at least 160"),
+        (dict(continuation=10**7), "text holds no document of 10000320 tokens"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_first_cell(folder, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        harness.evaluate(config_of(folder, **changes), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "mean, count, low, high",
+    # Newcombe, Statistics in Medicine 17 (1998), table I, method 3; the last two have closed forms: z2/(n+z2) from either end.
+    [(81 / 263, 263, 0.2553, 0.3662), (15 / 148, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1 / 29, 29, 0.0061, 0.1718), (1, 20, 0.8389, 1)],
+)
+def test_interval(mean, count, low, high):
+    assert harness.interval(mean, count) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize("module", [eval_needles, eval_leaderboard, eval_ruler, eval_reasoning, eval_prose])
+def test_each_config_says_how_to_run_it_and_names_what_there_is(module):
+    config = module.get_config()
+    name = pathlib.Path(module.__file__).name
+    assert f"--config=configs/{name} --workdir=" in module.__doc__ and re.search(r"minutes|hours", module.__doc__)
+    assert set(config.keys()) == set(eval_needles.get_config().keys())
+    assert {cell.policy for cell in harness.cells(config)} == {"full", "window", *config.policies}
+    assert set(config.one_shot) <= set(config.policies)
+
+
+def test_prose_with_everything_kept_costs_nothing(model):
+    pairs = prose.windows([list(range(300))], 200, 40, 2, seed=0)
+    assert all(continuation[0] == context[-1] + 1 for context, continuation in pairs)
+    contexts, continuations = zip(*pairs, strict=True)
+
+    def logits(budget, chunk=64):
+        rows = Rows(model, 2, budget, prefill_chunk=chunk)
+        rows.append(contexts)
+        return prose.continuation_logits(rows, continuations)
+
+    full = logits(None)
+    for measured in prose.divergence(full, logits(250), continuations):
+        assert abs(measured["kl"]) < 1e-6 and measured["loss"] == pytest.approx(measured["full_loss"], abs=1e-5)
+    short = prose.divergence(full, logits(20, chunk=8), continuations)  # a write buffer shorter than the continuation
+    assert all(measured["kl"] > 1e-3 for measured in short)
     with pytest.raises(ValueError, match="no document of 400 tokens"):
         prose.windows([list(range(300))], 300, 100, 1, seed=0)
-    with pytest.raises(ValueError, match="continuation has 300 tokens"):
-        prose.divergence(model, context, [0] * 300, budget=50)
 
 
 def test_the_generate_program_streams_and_names_bad_flags(folder, tmp_path):
