@@ -1,0 +1,339 @@
+"""The rivals' equations in numpy, float64, loop by loop; and what the model is asked for, against a plain forward pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from retention import policies
+from retention.generation import Rows, read
+from retention.model import bind, rope_frequencies
+from retention.policies import ada_snapkv, attention, epikv, expected_attention, infokv, keydiff, kvzip, lagkv, pyramidkv, rkv, snapkv, tova
+from tests.test_generation import random_prompts
+
+B, H, G, D, N, Q = 2, 2, 3, 8, 45, 6
+LENGTHS = (45, 31)  # live entries of each row's streams
+
+
+def streams():
+    """Streams whose entries are every third position, the newest tokens without a gap, as an eviction finds them."""
+    rng = np.random.default_rng(0)
+    seen = np.array([3 * (length - 2 * Q) + 2 * Q for length in LENGTHS])
+    position, live = np.zeros((B, H, N), int), np.zeros((B, H, N), bool)
+    for row, length in enumerate(LENGTHS):
+        position[row, :, :length] = [*range(0, 3 * (length - 2 * Q), 3), *range(seen[row] - 2 * Q, seen[row])]
+        live[row, :, :length] = True
+    keys, values = (np.where(live[..., None], rng.normal(size=(B, H, N, D)), 0) for _ in range(2))
+    covariance = rng.normal(size=(B, H, G, D, D)) / D**0.5
+    fields = dict(
+        stat=np.where(live, rng.normal(size=live.shape), 0), position=position, live=live, keys=keys, values=values, seen=seen,
+        budget=np.array([20, 16]), frequency=10.0 ** -np.arange(D // 2), queries=2 * rng.normal(size=(B, Q, H, G, D)),
+        query_position=seen[:, None] - Q + np.arange(Q), query_mean=rng.normal(size=(B, H, G, D)),
+        query_covariance=covariance @ np.swapaxes(covariance, -1, -2),
+    )  # fmt: skip
+    whole = {name: jnp.int32 for name in ("position", "seen", "budget", "query_position")}
+    return policies.Streams(**{name: jnp.asarray(x, whole.get(name)) for name, x in fields.items()})
+
+
+GIVEN = streams()
+EACH = [(b, h) for b in range(B) for h in range(H)]
+
+
+def numpy_of(given, b, h):
+    """The live entries of one stream, float64: positions, keys, values, stat."""
+    n = LENGTHS[b]
+    return [np.asarray(x[b, h, :n], np.float64) for x in (given.position, given.keys, given.values, given.stat)]
+
+
+def softmax(x):
+    x = np.exp(x - x.max())
+    return x / x.sum()
+
+
+def votes(given, b, h, group=lambda logits: logits):
+    """[G, Q, n] attention of one stream's queries."""
+    position, keys, _, _ = numpy_of(given, b, h)
+    out = []
+    for q in range(Q):
+        logits = group(np.asarray(given.queries[b, q, h], np.float64) @ keys.T / D**0.5)
+        out.append([softmax(np.where(position <= int(given.query_position[b, q]), row, -np.inf)) for row in logits])
+    return np.swapaxes(out, 0, 1)
+
+
+def assert_scores(found, expected, tolerance=2e-5):
+    """expected(b, h) -> the live entries' scores."""
+    for b, h in EACH:
+        np.testing.assert_allclose(np.asarray(found)[b, h, : LENGTHS[b]], expected(b, h), rtol=tolerance, atol=tolerance * 1e-2)
+
+
+def pooled(x, kernel, by=np.mean):
+    padded = np.pad(x, kernel // 2)
+    return np.array([by(padded[i : i + kernel]) for i in range(len(x))])
+
+
+def older(given, b, h):
+    return numpy_of(given, b, h)[0] < int(given.seen[b]) - Q
+
+
+def snap(b, h, kernel=5):
+    mean = votes(GIVEN, b, h).mean(axis=1)
+    before = older(GIVEN, b, h)
+    return np.where(before, np.mean([pooled(np.where(before, row, 0), kernel) for row in mean], axis=0), mean.mean(axis=0))
+
+
+def test_attention_is_causal_and_absent_queries_pay_none():
+    few = GIVEN._replace(query_position=jnp.where(jnp.arange(Q) < 2, -1, GIVEN.query_position))
+    weights = np.asarray(attention.weights(few))
+    assert (weights[:, :, :, :2] == 0).all()
+    np.testing.assert_allclose(weights[:, :, :, 2:].sum(axis=-1), 1, rtol=1e-5)
+    for b, h in EACH:
+        np.testing.assert_allclose(weights[b, h, :, 2:, : LENGTHS[b]], votes(GIVEN, b, h)[:, 2:], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(attention.mean_over_queries(jnp.asarray(weights), few), weights.sum(axis=3) / (Q - 2), rtol=1e-5)
+
+
+def test_snapkv():
+    assert_scores(snapkv.score(GIVEN, kernel=5), snap)
+
+
+def test_tova_is_the_mean_over_all_heads_of_the_last_query():
+    last = GIVEN._replace(queries=GIVEN.queries[:, -1:], query_position=GIVEN.query_position[:, -1:])
+    assert_scores(tova.score(last), lambda b, h: np.mean([votes(GIVEN, b, head)[:, -1].mean(axis=0) for head in range(H)], axis=0))
+
+
+def test_ada_snapkv_lifts_each_streams_best_share():
+    floor, window = 0.5, 4
+    found = np.asarray(ada_snapkv.score(GIVEN, 5, window, floor))
+    plain = np.asarray(snapkv.score(GIVEN, 5))
+    for b, h in EACH:
+        n, safe = LENGTHS[b], int(floor * int(GIVEN.budget[b]))
+        position = numpy_of(GIVEN, b, h)[0]
+        order = sorted(range(n), key=lambda i: (position[i] < int(GIVEN.seen[b]) - window, -plain[b, h, i]))
+        assert set(np.flatnonzero(np.isinf(found[b, h, :n]))) == set(order[:safe])
+        rest = order[safe:]
+        np.testing.assert_array_equal(found[b, h, rest], plain[b, h, rest])
+
+
+@pytest.mark.parametrize("layers, window, beta", [(30, 32, 20.0), (30, 32, 1.0), (3, 4, 5.0), (1, 8, 20.0)])
+def test_pyramid_budgets_fall_and_sum_to_the_whole(layers, window, beta):
+    budget = jnp.array([64, 100, 517, 32, 5])
+    found = np.asarray(pyramidkv.budgets(budget, budget, layers, window, beta))
+    np.testing.assert_array_equal(found.sum(axis=1), layers * np.asarray(budget))
+    assert (found >= np.minimum(budget, window)[:, None]).all() and (found <= 2 * np.asarray(budget)[:, None]).all()
+    assert (np.diff(found, axis=1) <= 1).all(), "falling, up to rounding"
+    if layers > 1:
+        np.testing.assert_allclose(found[2, -1] - window, (517 - window) / beta, atol=1)
+
+
+def test_keydiff():
+    def expected(b, h):
+        keys = numpy_of(GIVEN, b, h)[1]
+        unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+        anchor = unit.mean(axis=0)
+        return -unit @ anchor / np.linalg.norm(anchor)
+
+    assert_scores(keydiff.score(GIVEN), expected)
+
+
+def test_expected_attention():
+    sinks, future = 4, 7
+
+    def rotation(position):
+        angle = position * np.asarray(GIVEN.frequency, np.float64)
+        cos, sin = np.diag(np.cos(angle)), np.diag(np.sin(angle))
+        return np.block([[cos, -sin], [sin, cos]])
+
+    def expected(b, h):
+        _, keys, values, _ = numpy_of(GIVEN, b, h)
+        turn = np.mean([rotation(int(GIVEN.seen[b]) + i) for i in range(future)], axis=0)
+        counted, found = numpy_of(GIVEN, b, h)[0] >= sinks, []
+        for g in range(G):
+            mean = turn @ np.asarray(GIVEN.query_mean[b, h, g], np.float64)
+            covariance = turn @ np.asarray(GIVEN.query_covariance[b, h, g], np.float64) @ turn.T
+            logits = keys @ mean / D**0.5 + np.einsum("nc,cd,nd->n", keys, covariance, keys) / (2 * D)
+            found.append(softmax(np.where(counted, logits, -np.inf)))
+        return np.mean(found, axis=0) * np.linalg.norm(values, axis=1)
+
+    assert_scores(expected_attention.score(GIVEN, sinks, future), expected, 1e-4)
+
+
+@pytest.mark.parametrize("lag", [8, 30])
+def test_lagkv(lag):
+    sinks = 3
+
+    def expected(b, h):
+        _, keys, values, _ = numpy_of(GIVEN, b, h)
+        n = len(keys)
+        scores = 1 + np.arange(n) / N  # sinks, the last full partition, and what follows: kept, the newer first
+        full = (n - sinks) // lag
+        for part in range(full - 1):
+            mine, after = (slice(sinks + p * lag, sinks + (p + 1) * lag) for p in (part, part + 1))
+            total = 0
+            for x in (keys, values):
+                low, high = x[after].min(axis=0), x[after].max(axis=0)
+                total += softmax(((x[mine] - low) / (high - low)).std(axis=1, ddof=1))
+            scores[mine] = np.argsort(np.argsort(total)) / lag
+        return scores
+
+    assert_scores(lagkv.score(GIVEN, sinks, lag), expected)
+
+
+def test_rkv():
+    kernel, balance, threshold = 3, 0.1, 0.3
+
+    def expected(b, h):
+        keys = numpy_of(GIVEN, b, h)[1]
+        before = older(GIVEN, b, h)
+        mean = votes(GIVEN, b, h, lambda logits: logits.max(axis=0, keepdims=True))[0].mean(axis=0)
+        mean = np.where(before, pooled(np.where(before, mean, 0), kernel, np.max), mean)
+        unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+        cosine = unit @ unit.T
+        np.fill_diagonal(cosine, 0)
+        for row in cosine:
+            similar = np.flatnonzero(row > threshold)
+            if len(similar):
+                row[similar[-1]] = 0
+        return balance * mean - (1 - balance) * softmax(cosine.sum(axis=0) / len(keys))
+
+    assert_scores(rkv.score(GIVEN, kernel, balance, threshold), expected)
+
+
+def test_infokv():
+    def expected(b, h):
+        mean = votes(GIVEN, b, h).mean(axis=1)
+        mean = np.mean([pooled(row, 3) for row in mean], axis=0)
+        return 0.7 * mean / mean.sum() + 0.3 * softmax(numpy_of(GIVEN, b, h)[3])
+
+    assert_scores(infokv.score(GIVEN, 3, 0.7), expected)
+
+
+def test_epikv_looks_back_on_64_values():
+    rng = np.random.default_rng(0)
+    length, chunk = 150, 40
+    hidden = rng.normal(size=(2, 1, length, 5)).cumsum(axis=2)
+    padded = np.concatenate([np.zeros((2, 1, 64, 5)), hidden], axis=2)
+    found = []
+    for begin in range(0, length, chunk):
+        size = min(chunk, length - begin)
+        position = jnp.arange(begin, begin + size)[None]
+        found.append(epikv.surprise(jnp.asarray(padded[:, :, begin : begin + 64 + size]), position)[0])
+    jump = [np.mean([np.linalg.norm(hidden[n, 0, t] - hidden[n, 0, t - 1]) for n in (0, 1)]) for t in range(1, length)]
+    for t, z in enumerate(np.concatenate(found)):
+        window = jump[max(0, t - 64) : t]  # jump[t - 1] is that of token t
+        assert z == (pytest.approx((window[-1] - np.mean(window)) / (np.std(window) + 1e-6), abs=2e-4) if len(window) > 2 else 0)
+
+
+def test_epikv_segments_share_any_budget_as_their_quotas():
+    """Three full segments whose keys vary much, little and in between: of 104 entries they get 64, 8 and 32, each its best by s."""
+    rng = np.random.default_rng(0)
+    keys = rng.normal(size=(1, 1, 384, 8)) * np.repeat([3.0, 1.0, 2.0], 128)[None, None, :, None]
+    stat = rng.normal(size=(1, 1, 384))
+    given = policies.Streams(**{name: None for name in policies.Streams._fields})._replace(
+        keys=jnp.asarray(keys), stat=jnp.asarray(stat), position=jnp.arange(384)[None, None], live=jnp.ones((1, 1, 384), bool)
+    )
+    best = np.argsort(-np.asarray(epikv.segment_score(given))[0, 0], kind="stable")
+    for budget, shares in ((104, (64, 8, 32)), (52, (32, 4, 16))):
+        chosen = best[:budget]
+        assert tuple(np.bincount(chosen // 128, minlength=3)) == pytest.approx(shares, abs=1)
+        for segment in range(3):
+            mine = chosen[chosen // 128 == segment] - 128 * segment
+            assert set(mine) == set(np.argsort(-stat[0, 0, 128 * segment : 128 * (segment + 1)])[: len(mine)])
+
+
+# What the model is asked for.
+
+
+def plain_forward(model, tokens):
+    """[L,T,...] of one sequence without a cache: q, k, attention [L,H,G,T,T], block outputs, logits."""
+    config = model.config
+
+    def attend(carry, x, q, k, v, h):
+        logits = jnp.einsum("BTHGD,BIHD->BHGTI", q, k) * config.head_dim**-0.5
+        weights = jax.nn.softmax(jnp.where(jnp.tri(len(tokens), dtype=bool), logits, -jnp.inf), axis=-1)
+        return carry, jnp.einsum("BHGTI,BIHD->BTHGD", weights, v), (q[0], k[0], weights[0])
+
+    decoder = bind(config, model.params)
+    hidden, _, ((q, k, weights), outputs) = decoder(jnp.asarray([tokens]), jnp.arange(len(tokens))[None], attend, outputs=True)
+    return tuple(np.asarray(x) for x in (q, k, weights, outputs[:, 0], decoder.logits(hidden)[0]))
+
+
+@pytest.fixture(scope="module")
+def forward(small):
+    prompt = random_prompts([300])[0]
+    return prompt, plain_forward(small, prompt)
+
+
+def buffered(rows, length):
+    """[L, H, T] what is stored with each entry of the only row."""
+    return np.asarray(rows.cache.buffer_stat)[:, 0, :, :length]
+
+
+def test_queries_and_moments(small, forward):
+    prompt, (q, *_) = forward
+    rows = read(small, ("snapkv", "expected_attention"), [prompt, prompt[:5]])
+    np.testing.assert_allclose(rows.cache.noted["queries"][:, 0], q[:, -32:], atol=2e-5)
+    np.testing.assert_allclose(rows.cache.noted["queries"][:, 1, -5:], q[:, :5], atol=2e-5)
+    angle = np.arange(300)[:, None] * np.asarray(rope_frequencies(small.config)[0], np.float64)
+    first, second = np.split(q.astype(np.float64), 2, axis=-1)
+    cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
+    bare = np.concatenate([first * cos + second * sin, second * cos - first * sin], axis=-1)[:, 4:]
+    np.testing.assert_allclose(rows.cache.noted["query_sum"][:, 0], bare.sum(axis=1), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(rows.cache.noted["query_outer"][:, 0], np.einsum("LTHGC,LTHGD->LHGCD", bare, bare), rtol=1e-3, atol=1e-2)
+
+
+def test_h2o_adds_up_the_attention_received(small, forward):
+    """Over a cache that is whole, in chunks and in single tokens, each entry's stat is its column of the attention matrix."""
+    prompt, (_, _, weights, *_) = forward
+    rows = Rows(small, 1, 400, "h2o", prefill_chunk=64)
+    rows.append([prompt[:256]])
+    for token in prompt[256:260]:
+        rows.append([[token]])
+    expected = weights[:, :, :, :260, :260].mean(axis=2).sum(axis=2)
+    found = np.asarray(rows.cache.stat[0, : 260 * small.config.streams]).reshape(expected.shape)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_kvzip_is_the_most_attention_of_a_second_reading(small, forward):
+    prompt = forward[0][:120]
+    weights = plain_forward(small, prompt + prompt)[2]
+    rows = read(small, ("kvzip",), [prompt])
+    np.testing.assert_allclose(buffered(rows, 120), weights[:, :, :, 120:, :120].max(axis=(2, 3)), rtol=1e-4, atol=1e-6)
+    assert (np.asarray(kvzip.score(jnp.array([kvzip.UNREAD, 1.0]), jnp.array([7, 9]), 10)) >= [1.0, 1.0]).all()
+
+
+def test_epikv_and_infokv_see_the_blocks_outputs_and_the_predictions(small, forward):
+    prompt, (_, _, _, outputs, logits) = forward
+    layers = small.config.layers
+    padded = np.concatenate([np.zeros((layers, 64, outputs.shape[-1])), outputs], axis=1)[:, None]
+    early, late = (jnp.asarray(padded[list(range_)]) for range_ in epikv.bands(layers))
+    position = jnp.arange(300)[None]
+    for name, expected in (
+        ("epikv_flat", epikv.surprise(jnp.asarray(padded[[1]]), position) - epikv.surprise(jnp.asarray(padded[[2]]), position)),
+        ("epikv_band", 1.29 * epikv.surprise(early, position) - epikv.surprise(late, position)),
+    ):
+        found = buffered(read(small, (name,), [prompt]), 300)
+        np.testing.assert_allclose(found, np.broadcast_to(np.asarray(expected), found.shape), atol=2e-3)
+    probability = np.exp(logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)))
+    entropy = np.concatenate([[0], -np.sum(probability * np.log(probability), axis=-1)[:-1]])
+    unit = outputs / np.linalg.norm(outputs, axis=-1, keepdims=True)
+    information = (2 - np.einsum("LTE,TE->LT", unit, unit[-1])) * entropy
+    found = buffered(read(small, ("infokv",), [prompt]), 300)
+    np.testing.assert_allclose(found, np.broadcast_to(information[:, None], found.shape), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: snapkv.policy(window=0), "window must be at least 1"),
+        (lambda: snapkv.policy(kernel=4), "kernel must be odd"),
+        (lambda: ada_snapkv.policy(floor=1.5), r"floor must be a share of the budget in \[0, 1\]"),
+        (lambda: pyramidkv.policy(beta=0.5), "beta must be at least 1"),
+        (lambda: lagkv.policy(lag=1), "lag must be at least 2"),
+        (lambda: rkv.policy(balance=2), r"balance must be in \[0, 1\]"),
+        (lambda: infokv.policy(alpha=-1), r"alpha must be in \[0, 1\]"),
+        (lambda: expected_attention.policy(future=0), "future must be at least 1"),
+        (lambda: kvzip.policy(chunk=0), "chunk must be at least 1"),
+    ],
+)
+def test_arguments_that_cannot_work_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
