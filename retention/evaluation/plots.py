@@ -84,7 +84,9 @@ def plot_scores(rows: Sequence[dict], path: pathlib.Path) -> None:
                 x = np.array([row["budget"] for row in mine]) * (1 + 0.012 * (number - len(lines) / 2))
                 errors = [y - [row["low"] for row in mine], [row["high"] for row in mine] - y] if "low" in mine[0] else None
                 axis.errorbar(x, y, errors, marker="o", markersize=3, elinewidth=0.6, label=name, **style(name, number))
+        budgets = sorted({row["budget"] for row in panel if row["budget"] is not None})
         axis.set_xscale("log", base=2)
+        axis.set_xticks(budgets, [f"{budget:.4g}" for budget in budgets])
         axis.set(xlabel="budget", ylabel=measure)
         axis.set_title(title(panel[0]), fontsize=9, wrap=True)
     handles = {name: handle for axis in axes[0] for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}

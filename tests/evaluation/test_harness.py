@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -19,12 +20,20 @@ from retention.checkpoints import gates as gates_file
 from retention.evaluation import harness, needles, prose, tasks
 from retention.generation import Rows
 from retention.runs import RunFolder
-from retention.training.documents import ASK, END, SYSTEM, USER
+from retention.training.documents import ASK, END, USER
 from tests import tiny
 from tests.conftest import small_config, small_model
 
 STREAMS = small_config().streams
+QUICKLY = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # nearly all the time here is XLA's
 TIMES = ("prefill_seconds", "evict_seconds", "decode_seconds")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +51,8 @@ def model(folder):
 def config_of(folder, **changes):
     config = eval_needles.get_config()
     values = dict(
-        model=str(folder), gates=str(folder / "gates.safetensors"), tasks=("needle4", "kv_turns", "prose"), lengths=(320,), samples=3, batch_size=2,
-        budgets=(0.25,), policies=("retention", "snapkv"), one_shot=("snapkv", "window"), prefill_chunk=64, max_new_tokens=4, continuation=80,
+        model=str(folder), gates=str(folder / "gates.safetensors"), tasks=("needle4", "kv_turns", "prose"), lengths=(310,), samples=4, batch_size=2,
+        budgets=(0.25,), policies=("retention",), one_shot=("window",), prefill_chunk=64, max_new_tokens=4, continuation=80,
     )  # fmt: skip
     config.update({**values, **changes})
     return config
@@ -68,8 +77,12 @@ def in_order(records):
     return sorted(timeless(records), key=lambda record: json.dumps([record["cell"], record["sample"], record.get("question")]))
 
 
+def test_the_last_batch_may_be_smaller(folder):
+    assert harness.batches(config_of(folder, samples=5)) == [range(0, 2), range(2, 4), range(4, 5)]
+
+
 def test_the_full_cache_and_the_window_are_always_there(folder):
-    table = harness.cells(config_of(folder, lengths=(320, 640), budgets=(0.5, 0.25), scopes=("global", "layer"), policies=("full", "retention", "retention")))
+    table = harness.cells(config_of(folder, lengths=(310, 620), budgets=(0.5, 0.25), scopes=("global", "layer"), policies=("full", "retention", "retention")))
     assert len(table) == len(set(table)) == 3 * 2 * (1 + 2 * 2 * 2)
     assert {cell.policy for cell in table} == {"full", "retention", "window"}
     assert sum(cell.policy == "full" for cell in table) == 3 * 2
@@ -79,39 +92,39 @@ def test_the_full_cache_and_the_window_are_always_there(folder):
 
 def test_a_run_writes_its_folder(whole):
     workdir, rows = whole
-    names = ("full", "retention", "snapkv", "window")
+    names = ("full", "retention", "window")
     assert [(row["task"], row["policy"]) for row in rows] == [(task, name) for task in ("needle4", "kv_turns", "prose") for name in names]
     files = {"config.json", "metrics.jsonl", "results.csv", "run_meta.json", "accuracy.png", "kept_by_head.png", "kept_by_distance.png"}
     assert {file.name for file in workdir.iterdir()} == files
     with open(workdir / "results.csv") as file:
         assert [(row["policy"], row["prefill"], row["question_seen"]) for row in csv.DictReader(file)] == 3 * [
-            ("full", "one-shot", "False"), ("retention", "chunks of 64", "False"), ("snapkv", "one-shot", "False"), ("window", "one-shot", "False"),
+            ("full", "one-shot", "False"), ("retention", "chunks of 64", "False"), ("window", "one-shot", "False"),
         ]  # fmt: skip
     meta = json.loads((workdir / "run_meta.json").read_text())
     assert meta["seed"] == 0 and meta["commit"] and meta["command"].startswith("python ") and meta["seconds"] > 0
     for row in rows:
-        assert row["samples"] == 3 and row["questions"] == {"needle4": 12, "kv_turns": 12, "prose": 3}[row["task"]]
+        assert row["samples"] == 4 and row["questions"] == {"needle4": 16, "kv_turns": 16, "prose": 4}[row["task"]]
         assert (row["low"] <= row["score"] <= row["high"]) if row["task"] != "prose" else "score" not in row
 
 
 def test_records_say_what_was_asked_and_what_was_kept(folder, model, whole):
     records = records_of(whole[0])
-    assert len(records) == 4 * (12 + 12 + 3)
+    assert len(records) == 3 * (16 + 16 + 4)
     texts = harness.text.load("pydoc")
-    samples = {task: tasks.load(task, model.tokenizer.encode, texts, 320, 3, 0).samples for task in ("needle4", "kv_turns")}
+    samples = {task: tasks.load(task, model.tokenizer.encode, texts, 310, 4, 0).samples for task in ("needle4", "kv_turns")}
     for record in records:
         cell = record["cell"]
         held = record["context_tokens"] if cell["policy"] == "full" else int(0.25 * record["context_tokens"])
         assert record["kept_entries"] == held * STREAMS and record["allocated_bytes"] > held * STREAMS * 2 * small_config().head_dim * 4
         assert all(record[name] >= 0 for name in TIMES[:2])
         if cell["task"] == "prose":
-            assert record["context_tokens"] == 320 and (record["kl"] == 0 and record["loss"] == record["full_loss"]) == (cell["policy"] == "full")
+            assert record["context_tokens"] == 310 and (record["kl"] == 0 and record["loss"] == record["full_loss"]) == (cell["policy"] == "full")
         else:
             sample = samples[cell["task"]][record["sample"]]
             prompt = sample.context + sample.questions[record["question"]]
             assert record["prompt"] == harness.hashlib.sha256(prompt.encode()).hexdigest()[:16]
             assert np.ravel(record["answer"]).tolist() == np.ravel(sample.answers[record["question"]]).tolist()
-            assert 1 <= record["answer_tokens"] <= 4 and abs(record["context_tokens"] - 320) <= 0.02 * 320
+            assert 1 <= record["answer_tokens"] <= 4 and abs(record["context_tokens"] - 310) <= 0.02 * 310
             assert record["score"] == tasks.Task(cell["task"], samples[cell["task"]]).score(record["sample"], record["question"], record["generated"])["score"]
             assert cell["policy"] == "full" or record["kept_at_end"] == held * STREAMS, "what is appended and generated is evicted too"
         if record.get("question", 0) == 0:
@@ -126,69 +139,76 @@ def test_records_say_what_was_asked_and_what_was_kept(folder, model, whole):
             assert "kept_by_stream" not in record
 
 
-@pytest.mark.parametrize("policy", ["full", "retention"])
-def test_answers_equal_those_to_questions_asked_by_hand(model, whole, policy):
-    """Row by row, without batch and harness: the context, a question, the answer, its end if it was cut off, the next question."""
-    texts = harness.text.load("pydoc")
+def test_answers_equal_those_to_questions_asked_by_hand(model, whole):
+    encode, stop = model.tokenizer.encode, model.tokenizer.eos_ids
     for task in ("kv_turns", "needle4"):
-        sample = tasks.load(task, model.tokenizer.encode, texts, 320, 3, 0).samples[1]
-        assert sample.turns == (task == "kv_turns")
-        mine = [r for r in records_of(whole[0]) if (r["cell"]["task"], r["cell"]["policy"], r["sample"]) == (task, policy, 1)]
-        session = generation.Session(model, None if policy == "full" else 0.25, policy, prefill_chunk=64)
-        session.append(sample.context)
-        assert session.stats.kept_entries == mine[0]["kept_entries"]
-        ended = True
-        for record, question in zip(mine, sample.questions, strict=True):
-            asked = session if sample.turns else session.fork()
-            told = asked.generate(question if ended or not sample.turns else END + question, max_new_tokens=4)
-            ended = told.tokens[-1] in model.tokenizer.eos_ids
-            assert told.text == record["generated"] and len(told.tokens) == record["answer_tokens"]
+        samples = tasks.load(task, encode, harness.text.load("pydoc"), 310, 4, 0).samples[:2]
+        rows = Rows(model, 2, 0.25, prefill_chunk=64)
+        rows.append([encode(sample.context, bos=True) for sample in samples])
+        ended = [True, True]
+        for number in range(4):
+            asked = rows if task == "kv_turns" else rows.fork()
+            questions = [sample.questions[number] for sample in samples]
+            asked.append([encode(question if end else END + question, bos=False) for question, end in zip(questions, ended, strict=True)])
+            [tokens] = asked.decode(4, 0.0, 1.0, 0, stop)
+            for row in (0, 1):
+                told = tokens[row][tokens[row] >= 0].tolist()
+                ended[row] = task == "needle4" or told[-1] in stop
+                cell = dict(task=task, length=310, policy="retention", scope="global", budget=0.25)
+                [record] = [r for r in records_of(whole[0]) if (r["cell"], r["sample"], r.get("question")) == (cell, row, number)]
+                assert (record["generated"], record["answer_tokens"]) == (model.tokenizer.decode(told), len(told))
 
 
-def test_turns_that_were_cut_off_are_ended_and_samples_may_have_fewer_questions(folder, model):
-    reader = harness.Reader(config_of(folder), model)
-    appended = []
+class Scripted:
+    """Stands for Rows: logs what is appended, by number of the fork, and answers with `replies`, a [B, T] array for each decode."""
 
-    class Spy(Rows):
-        def append(self, prompts):
-            appended.append(prompts)
-            super().append(prompts)
+    def __init__(self, replies, log, number=0):
+        self.replies, self.log, self.number, self.forks = replies, log, number, [0]
+        self.cache = None
 
-        def fork(self):
-            other = super().fork()
-            other.__class__ = Spy
-            return other
+    def fork(self):
+        self.forks[0] += 1
+        other = Scripted(self.replies, self.log, self.forks[0])
+        return other
 
-    encode = model.tokenizer.encode
+    def append(self, prompts):
+        self.log.append((self.number, prompts))
+
+    def decode(self, max_new_tokens, temperature, top_p, seed, stop):
+        assert temperature == 0
+        yield from np.split(self.replies.pop(0), [2], axis=1)
+
+
+def test_turns_follow_each_other_and_other_questions_do_not(folder, model, monkeypatch):
+    """An answer that was cut off is ended by the harness; the sample with fewer questions is asked nothing."""
+    monkeypatch.setattr(harness.cache_lib, "kept_entries", lambda cache: np.array([7, 8]))
+    encode, (stop, *_) = model.tokenizer.encode, model.tokenizer.eos_ids
+    questions = ("\n\nA?" + ASK, f"\n{USER}B?{ASK}", f"\n{USER}C?{ASK}")
+    asking = harness.Asking(harness.Reader(config_of(folder), model), None)
+    replies = [[[65, 66, 67, 68], [65, stop, -1, -1]], [[69, stop, -1, -1], [70, 71, 72, 73]], [[74, 75, 76, stop], [77, 78, 79, 80]]]
     for turns in (True, False):
-        samples = [
-            needles.Sample(SYSTEM + USER + "One.", ("\n\nA?" + ASK, f"\n{USER}B?{ASK}", f"\n{USER}C?{ASK}"), ("1", "2", "3"), turns),
-            needles.Sample(SYSTEM + USER + "Two, longer.", ("\n\nD?" + ASK,), ("4",), turns),
-        ]
-        rows = Spy(model, 2, None)
-        Rows.append(rows, [encode(sample.context, bos=True) for sample in samples])
-        before = rows.stats(0).kept_entries
-        rounds = list(harness.Asking(reader, tasks.Task("needle", samples)).answers(rows, samples))
-        assert len(rounds) == 3 and rows.stats(0).kept_entries == before, "the context itself is not asked"
-        assert appended[0] == [encode("\n\nA?" + ASK, bos=False), encode("\n\nD?" + ASK, bos=False)]
-        for number, (first, second) in enumerate(appended[1:], 1):
-            question = samples[0].questions[number]
-            cut_off = rounds[number - 1][0][0][-1] not in model.tokenizer.eos_ids
-            assert first == encode(END + question if turns and cut_off else question, bos=False)
-            assert second in ([], encode(END, bos=False))
-        appended.clear()
+        samples = [needles.Sample("One.", questions, ("1", "2", "3"), turns), needles.Sample("Two.", questions[:2], ("4", "5"), turns)]
+        log = []
+        rounds = list(asking.answers(Scripted([np.array(reply) for reply in replies], log), samples))
+        assert rounds[0] == [([65, 66, 67, 68], 7), ([65, stop], 8)] and rounds[1][0] == ([69, stop], 7)
+        first, second, third = (tuple(encode(question, bos=False) for question in (one, other)) for one, other in zip(questions, questions, strict=True))
+        end = encode(END, bos=False)
+        if turns:
+            assert log == [(1, [*first]), (1, [end + second[0], second[1]]), (1, [third[0], end])]
+        else:
+            assert log == [(1, [*first]), (2, [*second]), (3, [third[0], []])]
 
 
 def test_an_interrupted_run_goes_on_and_says_the_same(folder, whole, tmp_path, monkeypatch):
-    """Cut off after a random number of batches of cells, and once more amid the writing of a batch's records."""
+    """Cut off after a random number of batches of cells, amid the writing of one's records."""
     calls, log_all = [], RunFolder.log_all
-    cut = int(np.random.default_rng().integers(1, 3 * 4 * 2))
+    cut = int(np.random.default_rng().integers(1, 3 * 3 * 2))
 
     def interrupted(run, records):
         calls.append(records)
         if len(calls) == cut:
-            with open(run.path / "metrics.jsonl", "a") as file:  # two whole records of a batch of more, and a part of one
-                file.write("".join(json.dumps(record) + "\n" for record in records)[: 2 * len(json.dumps(records[0])) + 40])
+            with open(run.path / "metrics.jsonl", "a") as file:  # all of the batch but the end of its last record
+                file.write("".join(json.dumps(record) + "\n" for record in records)[:-30])
             raise KeyboardInterrupt
         log_all(run, records)
 
@@ -197,9 +217,9 @@ def test_an_interrupted_run_goes_on_and_says_the_same(folder, whole, tmp_path, m
         harness.evaluate(config_of(folder), tmp_path / "cut")
     rows = harness.evaluate(config_of(folder), tmp_path / "cut")
     assert timeless(rows) == timeless(whole[1]), cut
-    assert len(calls) == 3 * 4 * 2 + 1, "the batch of a cell that was cut off runs again, and nothing else"
+    assert len(calls) == 3 * 3 * 2 + 1, "the batch of a cell that was cut off runs again, and nothing else"
     assert in_order(records_of(tmp_path / "cut")) == in_order(records_of(whole[0]))
-    assert harness.evaluate(config_of(folder), tmp_path / "cut") == rows and len(calls) == 3 * 4 * 2 + 1
+    assert harness.evaluate(config_of(folder), tmp_path / "cut") == rows and len(calls) == 3 * 3 * 2 + 1
     with pytest.raises(ValueError, match="seed is 0 there and 1 here"):
         harness.evaluate(config_of(folder, seed=1), tmp_path / "cut")
 
@@ -210,51 +230,51 @@ def test_a_killed_run_goes_on(folder, whole, tmp_path):
         *(f"--config.{name}={value}" for name, value in config_of(folder).items() if value is not None and value != eval_needles.get_config()[name]),
     ]  # fmt: skip
     log = tmp_path / "run" / "metrics.jsonl"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=QUICKLY)
     while process.poll() is None and not (log.exists() and log.stat().st_size):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, process.stderr.read()
     before = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    assert 0 < len(before) < 4 * (12 + 12 + 3)
+    assert 0 < len(before) < 3 * (16 + 16 + 4)
     rows = harness.evaluate(config_of(folder), tmp_path / "run")
     assert timeless(rows) == timeless(whole[1]) and in_order(records_of(tmp_path / "run")) == in_order(records_of(whole[0]))
     assert log.read_text().startswith("".join(before[: len(before) // 8 * 8])), "what was logged is not done again"  # every eighth record ends a batch
 
 
-def test_a_reading_shared_by_policies_is_each_ones_own(model, whole):
-    """One-shot cells of one reading: the entries that a prefill under that policy alone keeps."""
-    texts = harness.text.load("pydoc")
-    samples = tasks.load("needle4", model.tokenizer.encode, texts, 320, 3, 0).samples
-    for record in records_of(whole[0]):
-        cell = record["cell"]
-        if cell["task"] == "needle4" and cell["policy"] in ("snapkv", "window") and record["question"] == 0:
-            alone = Rows(model, 1, cell["budget"], cell["policy"], cell["scope"], None)
-            alone.append([model.tokenizer.encode(samples[record["sample"]].context, bos=True)])
-            assert {name: record[name] for name in ("kept_by_stream", "kept_by_distance")} == {
-                name: value for name, value in harness.held(alone, 0).items() if name.startswith("kept_by")
-            }
+def test_policies_and_budgets_share_a_reading(folder, model, monkeypatch):
+    readings, read = [], generation.read
+    monkeypatch.setattr(generation, "read", lambda *arguments: readings.append(arguments[1]) or read(*arguments))
+    config = config_of(folder, policies=("keydiff", "retention"), one_shot=("keydiff", "window"), budgets=(0.25, 0.5))
+    contexts = [list(range(3, 303)), list(range(40, 320))]
+    cells = [cell for cell in harness.cells(config) if cell.task == "prose"]
+    seconds = {}
+    for cell, rows, seconds[cell] in harness.Reader(config, model).rows(cells, contexts):
+        held = [int((cell.budget or 1) * len(context)) * STREAMS for context in contexts]
+        assert [harness.held(rows, row)["kept_entries"] for row in (0, 1)] == held
+    assert set(seconds) == set(cells) and readings == [("keydiff", "window")]
+    shared = [seconds[cell] for cell in cells if cell.policy in config.one_shot]
+    assert len({one["prefill_seconds"] for one in shared}) == 1 and all(one["evict_seconds"] > 0 for one in shared), "each is charged for all of the reading"
 
 
 def test_the_question_may_be_seen(folder, tmp_path):
-    config = config_of(folder, tasks=("needle4",), policies=("window",), question_seen=True, samples=2)
+    config = config_of(folder, tasks=("needle4",), policies=(), lengths=(290,), question_seen=True, samples=2)
     rows = harness.evaluate(config, tmp_path)
     assert all(row["question_seen"] and row["questions"] == row["samples"] == 2 for row in rows)
-    assert min(record["context_tokens"] for record in records_of(tmp_path)) > 330
+    assert min(record["context_tokens"] for record in records_of(tmp_path)) > 300
     with pytest.raises(ValueError, match="question_seen makes no sense for kv_turns"):
         harness.evaluate(config_of(folder, tasks=("kv_turns",), question_seen=True), tmp_path / "turns")
 
 
 def test_reasoning_evicts_while_it_decodes(folder, tmp_path):
-    (tmp_path / "gsm8k_test.jsonl").write_text("".join(json.dumps({"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"}) + "\n" for i in range(9)))
-    config = config_of(
-        folder, tasks=("gsm8k",), data=str(tmp_path), policies=("retention",), one_shot=(), budgets=(16,), prefill_chunk=8, max_new_tokens=24, samples=2
-    )
+    problems = [{"question": f"What is {i} + 1? " + "Think well. " * 40, "answer": f"#### {i + 1}"} for i in range(9)]
+    (tmp_path / "gsm8k_test.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    config = config_of(folder, tasks=("gsm8k",), data=str(tmp_path), policies=(), one_shot=(), budgets=(77,), samples=2)
     rows = harness.evaluate(config, tmp_path / "run")
-    assert [row["length"] for row in rows] == [None] * 3 and {row["budget"] for row in rows} == {None, 16}
+    assert [(row["length"], row["budget"]) for row in rows] == [(None, None), (None, 77)]
     for record in records_of(tmp_path / "run"):
-        tokens = record["context_tokens"] + record["answer_tokens"]
-        assert record["kept_at_end"] == 16 * STREAMS if record["cell"]["budget"] else record["kept_at_end"] > tokens * STREAMS
+        assert record["context_tokens"] < 77 and record["kept_entries"] == record["context_tokens"] * STREAMS
+        assert record["kept_at_end"] == 77 * STREAMS if record["cell"]["budget"] else record["kept_at_end"] > 200 * STREAMS
 
 
 @pytest.mark.parametrize(
@@ -265,14 +285,14 @@ def test_reasoning_evicts_while_it_decodes(folder, tmp_path):
         (dict(policies=("retension",)), "unknown policy 'retension': did you mean retention"),
         (dict(one_shot=("snapvk",)), "unknown policy 'snapvk': did you mean snapkv"),
         (dict(scopes=("globl",)), "unknown scope 'globl': did you mean global"),
-        (dict(policies=("pyramidkv",), scopes=("layer",)), r"needle4 of 320 tokens, pyramidkv \(layer\) at budget 0.25: .* its scope may be head"),
-        (dict(budgets=(16,)), r"snapkv \(head\) at budget 16: budget 16 is smaller than sinks \+ window = 0 \+ 32"),
-        (dict(budgets=(0.05,)), r"snapkv \(head\) at budget 0.05: budget 16 is smaller than sinks \+ window"),
+        (dict(policies=("pyramidkv",), scopes=("layer",)), r"needle4 of 310 tokens, pyramidkv \(layer\) at budget 0.25: .* its scope may be head"),
+        (dict(policies=("snapkv",), budgets=(16,)), r"snapkv \(head\) at budget 16: budget 16 is smaller than sinks \+ window = 0 \+ 32"),
+        (dict(policies=("snapkv",), budgets=(0.05,)), r"snapkv \(head\) at budget 0.05: budget 15 is smaller than sinks \+ window"),
         (dict(budgets=(1.5,)), r"a fractional budget must be in \(0, 1\], got 1.5"),
         (dict(tasks=("gsm8k",)), "gsm8k is read from a file: give the folder that holds it as config.data"),
         (dict(tasks=("qa_1",)), "qa_1 is read from a file"),
         (dict(lengths=(100,)), "length must be at least 160"),
-        (dict(continuation=10**7), "text holds no document of 10000320 tokens"),
+        (dict(continuation=10**7), "text holds no document of 10000310 tokens"),
     ],
 )
 def test_what_is_wrong_is_said_before_the_first_cell(folder, tmp_path, changes, message):
@@ -301,20 +321,17 @@ def test_each_config_says_how_to_run_it_and_names_what_there_is(module):
 
 
 def test_prose_with_everything_kept_costs_nothing(model):
-    pairs = prose.windows([list(range(300))], 200, 40, 2, seed=0)
+    pairs = prose.windows([list(range(500))], 310, 80, 2, seed=0)
     assert all(continuation[0] == context[-1] + 1 for context, continuation in pairs)
     contexts, continuations = zip(*pairs, strict=True)
 
-    def logits(budget, chunk=64):
-        rows = Rows(model, 2, budget, prefill_chunk=chunk)
+    def logits(budget):
+        rows = Rows(model, 2, budget, prefill_chunk=64)
         rows.append(contexts)
         return prose.continuation_logits(rows, continuations)
 
-    full = logits(None)
-    for measured in prose.divergence(full, logits(250), continuations):
+    for measured in prose.divergence(logits(None), logits(310), continuations):
         assert abs(measured["kl"]) < 1e-6 and measured["loss"] == pytest.approx(measured["full_loss"], abs=1e-5)
-    short = prose.divergence(full, logits(20, chunk=8), continuations)  # a write buffer shorter than the continuation
-    assert all(measured["kl"] > 1e-3 for measured in short)
     with pytest.raises(ValueError, match="no document of 400 tokens"):
         prose.windows([list(range(300))], 300, 100, 1, seed=0)
 
@@ -322,7 +339,7 @@ def test_prose_with_everything_kept_costs_nothing(model):
 def test_the_generate_program_streams_and_names_bad_flags(folder, tmp_path):
     def run(*flags):
         command = [sys.executable, "-m", "experiments.generate", f"--model={folder}", f"--gates={folder}/gates.safetensors", *flags]
-        return subprocess.run(command, capture_output=True, text=True)
+        return subprocess.run(command, capture_output=True, text=True, env=QUICKLY)
 
     (tmp_path / "book.txt").write_text("A letter lay on the step, and nobody came. " * 20)
     done = run("--prompt=Who came?", f"--context={tmp_path}/book.txt", "--budget=0.25", "--max_new_tokens=5", "--chat")

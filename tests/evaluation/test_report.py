@@ -1,0 +1,126 @@
+"""Leaderboards from run folders, as experiments.evaluate writes them."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+
+from retention.evaluation import plots
+from retention.evaluation.report import leaderboard
+
+SECONDS = {"prefill_seconds": 1.5, "evict_seconds": 0.25, "decode_seconds": 2.0}
+
+
+def row_of(policy, budget, score, task="needle", length=1024, **changes):
+    measured = {"score": score, "low": score - 0.1, "high": score + 0.1} if task != "prose" else {"kl": score, "loss": 3.0}
+    scope = "head" if policy == "snapkv" else "global"
+    return {
+        "task": task, "length": length, "policy": policy, "scope": scope, "budget": budget, "prefill": "one-shot", "question_seen": False, "samples": 32,
+        "questions": 32, "kept_entries": 100, "allocated_bytes": 2_500_000, **SECONDS, **measured, **changes,
+    }  # fmt: skip
+
+
+def write_run(folder, rows, model="tiny", seed=3):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model": model}))
+    meta = {"commit": "abc1234", "seed": seed, "device": "1 x cpu", "host": "2 x Some CPU", "command": f"python -m experiments.evaluate --workdir={folder}"}
+    (folder / "run_meta.json").write_text(json.dumps(meta))
+    with open(folder / "results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(folder), json.loads((folder / "config.json").read_text()), meta, list(csv.DictReader(open(folder / "results.csv")))
+
+
+def cells(text, start):
+    """The table's line that begins so, in cells."""
+    [line] = [line for line in text.splitlines() if line.startswith(f"| {start}")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+FIRST = [
+    row_of("full", None, 0.7),
+    row_of("window", 0.25, 0.2), row_of("window", 0.125, 0.1),
+    row_of("retention", 0.25, 0.8), row_of("retention", 0.125, 0.75, decode_seconds=1.0),
+    row_of("full", None, 0.0, "prose"), row_of("window", 0.25, 0.12, "prose"), row_of("retention", 0.25, 0.04, "prose"),
+    row_of("full", None, 0.3, "gsm8k", None), row_of("window", 128, 0.2, "gsm8k", None),
+]  # fmt: skip
+
+
+def test_a_table_for_each_model_task_and_length(tmp_path):
+    first = write_run(tmp_path / "a", FIRST)
+    second = write_run(tmp_path / "b", [row_of("full", None, 0.71), row_of("snapkv", 0.25, 0.3), row_of("window", 0.25, 0.2, question_seen=True)], seed=4)
+    other = write_run(tmp_path / "c", [row_of("full", None, 0.9)], model="large")
+    text, rows = leaderboard([first, second, other])
+    titles = [line[3:] for line in text.splitlines() if line.startswith("## ")]
+    assert titles == [
+        "needle, 1024 tokens, tiny", "prose, 1024 tokens, tiny", "gsm8k, tiny",
+        "needle, 1024 tokens, tiny, question known when the context is compressed", "needle, 1024 tokens, large",
+    ]  # fmt: skip
+    needle, prose, reasoning, *_ = text.split("## ")[1:]
+    order = [line.split("|")[1].strip() for line in needle.splitlines() if line.startswith("| ")][2:]
+    ranked = ["full cache: 0.70 (0.60-0.80)", "full cache: 0.71 (0.61-0.81)", "retention (global)", "window (global)", "snapkv (head)"]
+    assert order == ranked, "best at the smallest budget first; who has not run there comes last"
+    cost = ["1.75", "1.00", "2.5", "32", str(tmp_path / "a")]
+    assert cells(needle, "retention") == ["retention (global)", "one-shot", "0.80 (0.70-0.90)", "0.75 (0.65-0.85)", *cost]
+    assert cells(needle, "snapkv")[2:4] == ["0.30 (0.20-0.40)", ""]
+    assert cells(prose, "retention")[2] == "0.0400" and prose.index("retention") < prose.index("window"), "the less KL the better"
+    assert cells(reasoning, "window")[2] == "0.20 (0.10-0.30)" and "128" in cells(reasoning, "policy")
+    assert cells(text, str(tmp_path / "b"))[1:4] == ["abc1234", "4", "2 x Some CPU"] and f"--workdir={tmp_path / 'b'}" in text
+    assert len(rows) == len(FIRST) + 4 and {row["run"] for row in rows} == {first[0], second[0], other[0]}
+
+
+def test_the_program(tmp_path):
+    write_run(tmp_path / "a", FIRST)
+    write_run(tmp_path / "b", FIRST[:3], seed=4)
+    command = [sys.executable, "-m", "experiments.report", f"--out={tmp_path / 'out'}"]
+    done = subprocess.run([*command, f"--runs={tmp_path / 'a'},{tmp_path / 'b'}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "leaderboard.md").read_text() == done.stdout.removesuffix("\n")
+    assert (tmp_path / "out" / "leaderboard.png").stat().st_size > 10_000
+    (tmp_path / "b" / "results.csv").unlink()
+    failed = subprocess.run([*command, f"--runs={tmp_path / 'a'},{tmp_path / 'b'}"], capture_output=True, text=True)
+    assert failed.returncode != 0 and f"{tmp_path / 'b'} has no results.csv; give --runs folders in which" in failed.stderr
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures, in order, still open."""
+    figures = []
+    monkeypatch.setattr(plots.plt, "close", figures.append)
+    yield figures
+    monkeypatch.undo()
+    for figure in figures:
+        plots.plt.close(figure)
+
+
+def test_scores_against_budgets(tmp_path, drawn):
+    plots.plot_scores(FIRST, tmp_path / "accuracy.png")
+    needle, prose, _ = drawn[0].axes
+    assert [axis.get_title() for axis in drawn[0].axes] == ["needle, 1024 tokens", "prose, 1024 tokens", "gsm8k"]
+    lines = {container.get_label(): container for container in needle.containers}
+    assert set(lines) == {"window (global)", "retention (global)"}
+    line, _, [bars] = lines["retention (global)"]
+    assert line.get_ydata().tolist() == [0.75, 0.8] and line.get_xdata() == pytest.approx([0.125, 0.25], rel=0.05)
+    assert sorted(segment[:, 1].tolist() for segment in bars.get_segments()) == [pytest.approx([0.65, 0.85]), pytest.approx([0.7, 0.9])]
+    assert [line.get_ydata()[0] for line in needle.lines if line.get_label() == "full cache"] == [0.7]
+    assert prose.get_ylabel() == "kl" and not any(container.has_yerr for container in prose.containers)
+
+
+def test_what_was_kept(tmp_path, drawn):
+    def record(policy, budget, kept, near):
+        cell = {"task": "needle", "length": 100, "policy": policy, "scope": "global", "budget": budget}
+        return {"cell": cell, "context_tokens": 100, "kept_by_stream": kept, "kept_by_distance": [near, 0.0]}
+
+    records = [
+        record("window", 0.5, [[50, 50]], 1.0), record("window", 0.25, [[25, 25]], 0.5), record("retention", 0.25, [[40, 10]], 0.1),
+        record("retention", 0.25, [[20, 10]], 0.3), record("full", None, [[100, 100]], 1.0), {"cell": {"policy": "window"}},
+    ]  # fmt: skip
+    plots.plot_results([row_of("full", None, 0.7)], records, tmp_path)
+    _, heads, distance = drawn
+    maps = {axis.get_title(): axis.images[0].get_array().tolist() for axis in heads.axes if axis.images}
+    assert maps == {"window\n(global)": [[0.25, 0.25]], "retention\n(global)": [[pytest.approx(0.3), pytest.approx(0.1)]]}, "at the smallest budget, the mean"
+    lines = {line.get_label(): line for line in distance.axes[0].lines}
+    assert lines["retention (global)"].get_ydata() == pytest.approx([0.2, 0.0]) and lines["window (global)"].get_xdata().tolist() == [0.25, 0.75]
