@@ -12,7 +12,7 @@ demo: .venv/installed       ## a real model answers from a long document, with a
 	$(BIN)/python -m experiments.demo --workdir=runs/demo
 
 test: .venv/installed       ## the quick tests
-	$(BIN)/python -m pytest -m "not slow and not compare and not aot"
+	$(BIN)/python -m pytest -m "not slow and not compare and not aot" -n auto
 
 test-all: .venv/installed-compare       ## every test, the slow ones and those against PyTorch too
 	$(BIN)/python -m pytest

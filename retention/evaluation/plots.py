@@ -9,6 +9,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 import numpy as np  # noqa: E402
 
+from retention.evaluation.dilution import mass_bound  # noqa: E402
+
 
 def plot_kept(kept: Sequence[Sequence[np.ndarray]], tokens: int, path: str | pathlib.Path, title: str, marks: Sequence[int] = ()) -> None:
     """One row a stream, (layer, head) from the top; dark where the position is kept. marks: positions to point out, such as a needle's."""
@@ -132,5 +134,23 @@ def plot_distance(records: Sequence[dict], path: pathlib.Path) -> None:
         axis.plot((np.arange(len(share)) + 0.5) / len(share), share, label=name, **style(name, number))
     axis.set(xlabel="distance from the newest token, share of the context", ylabel=f"share kept at budget {smallest:g}")
     axis.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_dilution(rows: Sequence[dict], budget: int, margin: float, path: pathlib.Path) -> None:
+    """Attention on the evidence, with the full cache's bound, and recall against the number of distractors, a line a cache. See experiments/dilution.py."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for name in dict.fromkeys(row["cache"] for row in rows):
+        own = [row for row in rows if row["cache"] == name]
+        x, mass, error = (np.array([row[field] for row in own]) for field in ("distractors", "mass", "mass_error"))
+        axes[0].plot(x, mass, marker="o", markersize=3, label=name)
+        axes[0].fill_between(x, mass - 2 * error, mass + 2 * error, alpha=0.2)
+        axes[1].plot(x, [row["accuracy"] for row in own], marker="o", markersize=3, label=name)
+    x = np.geomspace(*(pick(row["distractors"] for row in rows) for pick in (min, max)), 100)
+    axes[0].plot(x, mass_bound(1, x, margin), color="0.3", linestyle="--", label="bound of the full cache")
+    axes[0].set(title=f"attention on the evidence, budget {budget}", xlabel="distractors", xscale="log", ylim=(0, 1))
+    axes[1].set(title="recall", xlabel="distractors", xscale="log", ylim=(0, 1.02))
+    axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
