@@ -279,7 +279,7 @@ def prose_task(config: ConfigDict, model: Model, texts: list[str], task: str, le
 def summarise(config: ConfigDict, cell: Cell, records: list[dict]) -> dict:
     """A row of the table: means over the records, and the scores' 95 % interval, in which several questions about one context count as one sample.
 
-    Seconds are those of the fastest batch: the first one compiles.
+    Seconds are means without the first batch's, which compiles, if there are others.
     """
     known = {"cell", "sample", "question", "questions", "prompt", "answer", "generated", "kept_by_stream", "kept_by_distance"}
     samples = len({record["sample"] for record in records})
@@ -291,8 +291,8 @@ def summarise(config: ConfigDict, cell: Cell, records: list[dict]) -> dict:
         "questions": len(records),
     }
     for name in (name for name in records[0] if name not in known):
-        values = [record[name] for record in records]
-        row[name] = round(float(min(values) if name.endswith("_seconds") else np.mean(values)), 4)
+        later = [record for record in records if record["sample"] >= config.batch_size] if name.endswith("_seconds") else []
+        row[name] = round(float(np.mean([record[name] for record in later or records])), 4)
     if "score" in row:
         row |= dict(zip(("low", "high"), (round(x, 4) for x in interval(row["score"], samples)), strict=True))
     return row

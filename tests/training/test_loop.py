@@ -151,7 +151,7 @@ def test_files_of_a_run(whole, folder, config):
     assert all(0.02 * 256 < record["budget"] < 0.25 * 256 for record in records)
 
     meta = json.loads((whole / "run_meta.json").read_text())
-    assert meta.keys() == {"commit", "versions", "python", "device", "seconds", "seed", "steps", "first_step"}
+    assert meta.keys() == {"commit", "command", "versions", "python", "device", "host", "seconds", "seed", "steps", "first_step"}
     assert (meta["seed"], meta["steps"], meta["first_step"]) == (0, 10, 0) and meta["seconds"] > 0 and meta["commit"]
     assert meta["versions"]["jax"] == jax.__version__ and jax.devices()[0].device_kind in meta["device"]
 
