@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retention import cache as cache_lib
-from retention import policies, programs
+from retention import observations, policies, programs
 from retention.cache import Cache
 from retention.model import Model
 from retention.names import check_name
@@ -155,7 +155,7 @@ class Rows:
         dtype = self.model.params["embed"].dtype
         self.cache = cache_lib.init(
             config.layers, config.kv_heads, config.head_dim, budgets, slots, self.width, dtype,
-            programs.nothing_noted(config, self.plan.policy, self.batch, dtype),
+            observations.nothing_noted(config, self.plan.policy, self.batch, dtype),
         )  # fmt: skip
 
     def _room(self, tokens: int) -> None:

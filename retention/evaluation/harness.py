@@ -114,6 +114,7 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
                 for cell, records in loaded[task, length].run(wanted, batch) if wanted else ():
                     run.log_all([{"cell": dataclasses.asdict(cell), **record} for record in records])
                     progress.update(len(batch))
+                    drop_programs()
                     progress.set_postfix_str(f"{task} {length or ''} {cell.policy} {cell.budget or ''}")
     records = run.metrics()
     by_cell: dict[Cell, list[dict]] = {cell: [] for cell in table}
@@ -127,6 +128,13 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
     plots.plot_results(rows, records, run.path)
     run.finish(seed=config.seed)
     return rows
+
+
+def drop_programs() -> None:
+    """Drops the compiled programs once their memory maps come near the number that Linux allows a process, as those of some 50 cells do."""
+    maps, limit = pathlib.Path("/proc/self/maps"), pathlib.Path("/proc/sys/vm/max_map_count")
+    if limit.exists() and len(maps.read_bytes().splitlines()) > 0.6 * int(limit.read_text()):
+        jax.clear_caches()
 
 
 def batches(config: ConfigDict) -> list[range]:

@@ -1,0 +1,138 @@
+"""What policies ask of the model as it reads (`policies.Policy` declares it): queries, hidden states, entropy, attention received; nothing else is computed.
+
+B sequences, T new tokens, H key-value heads with G query heads each, D the head size, N cached entries of a stream, W rows of the write buffer.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from retention import cache as cache_lib
+from retention.cache import Cache
+from retention.model import Config, rope_frequencies
+from retention.policies import Policy, Streams
+from retention.rope import apply_rope
+
+TOP = 256  # predictions over which the entropy is summed (METHOD section 6, InfoKV)
+QUERIES = 128  # of a second reading whose attention is held at a time
+
+
+def nothing_noted(config: Config, policy: Policy, batch: int, dtype) -> dict:
+    """What `Cache.noted` begins with for this policy."""
+    heads, noted = (config.layers, batch, config.kv_heads, config.group, config.head_dim), {}
+    if policy.queries:
+        noted["queries"] = jnp.zeros((*heads[:2], policy.queries, *heads[2:]), dtype)
+    if policy.moments is not None:
+        noted["query_sum"] = jnp.zeros(heads, jnp.float32)
+        noted["query_outer"] = jnp.zeros((*heads, config.head_dim), jnp.float32)
+    if policy.past:
+        noted["hidden"] = jnp.zeros((len(policy.hidden(config.layers)), batch, policy.past, config.embed_dim), dtype)
+    return noted
+
+
+def newest(before: jax.Array, new: jax.Array, valid: jax.Array) -> jax.Array:
+    """The last P of before [B, P, ...] and the first valid[b] of new [B, T, ...]."""
+    both = jnp.concatenate([before, new.astype(before.dtype)], axis=1)
+    return jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, before.shape[1]))(both, valid)
+
+
+def note_queries(config: Config, policy: Policy, noted: dict, q: jax.Array, positions: jax.Array, valid: jax.Array) -> dict:
+    """One layer's noted queries after those of the first valid[b] of new tokens: q [B,T,H,G,D] at positions [B,T]."""
+    new = {}
+    if policy.queries:
+        new["queries"] = newest(noted["queries"], q, valid)
+    if policy.moments is not None:
+        angle = positions[..., None] * rope_frequencies(config)[0]
+        plain = apply_rope(q.astype(jnp.float32), jnp.cos(angle), -jnp.sin(angle))  # as before RoPE
+        counted = (jnp.arange(q.shape[1]) < valid[:, None]) & (positions >= policy.moments)
+        plain = jnp.where(counted[..., None, None, None], plain, 0)
+        new["query_sum"] = noted["query_sum"] + plain.sum(axis=1)
+        new["query_outer"] = noted["query_outer"] + jnp.einsum("BTHGC,BTHGD->BHGCD", plain, plain)
+    return new
+
+
+def entropy_before(decoder, hidden: jax.Array, logits: jax.Array, positions: jax.Array) -> jax.Array:
+    """[B,T] float32 nats: of the prediction that each token followed, over its likeliest TOP. hidden [B,T,E]; logits [B,V] preceded the first token.
+
+    The first token of all followed none: 0.
+    """
+
+    def entropy(logits):
+        probability = jnp.exp(jax.lax.top_k(jax.nn.log_softmax(logits), min(TOP, logits.shape[-1]))[0])
+        return jnp.sum(jax.scipy.special.entr(probability), axis=-1)
+
+    later = jax.lax.map(lambda h: entropy(decoder.logits(h)), jnp.moveaxis(hidden[:, :-1], 1, 0), batch_size=16)
+    return jnp.where(positions > 0, jnp.concatenate([entropy(logits)[:, None], jnp.moveaxis(later, 0, 1)], axis=1), 0.0)
+
+
+def received(cache: Cache, layer, longest: int, q: jax.Array, k: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The attention that the new tokens' queries pay, summed over them, mean over query heads: to cached entries [B,H,N], to themselves [B,H,T]."""
+    streams = cache_lib.streams_of(cache, layer, longest)
+    keys = jnp.concatenate([streams.keys, jnp.swapaxes(k, 1, 2)], axis=2)
+    logits = jnp.einsum("BTHGD,BHND->BHGTN", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    token = jnp.arange(q.shape[1])
+    # [B, H, 1, T, N + T]
+    shape = (*streams.live.shape[:2], token.shape[0])
+    cached = jnp.broadcast_to(streams.live[:, :, None], (*shape, streams.live.shape[-1]))
+    own = jnp.broadcast_to(token <= token[:, None], (*shape, token.shape[0]))
+    weights = jax.nn.softmax(logits, axis=-1, where=jnp.concatenate([cached, own], axis=-1)[:, :, None])
+    asks = (token < valid[:, None])[:, None, None, :, None]
+    total = jnp.sum(jnp.where(asks, weights, 0), axis=3).mean(axis=2)
+    return total[..., : -token.shape[0]], total[..., -token.shape[0] :]
+
+
+def most_received(cache: Cache, layer, sinks: int, part: jax.Array, q: jax.Array, k: jax.Array, valid: jax.Array) -> jax.Array:
+    """[B,H,W]: the most attention that one of the new tokens' queries pays a row of the buffer, where `part` [B,W] is looked at with the first `sinks`
+    entries of all and the new tokens before the query (KVzip, METHOD section 6).
+    """
+    (batch, length, heads), width, token = q.shape[:3], part.shape[1], jnp.arange(q.shape[1])
+    visible = part | ((cache.buffer_position < sinks) & (jnp.arange(width) < cache.buffered[:, None]))
+    keys = [cache.buffer_keys[layer], jnp.swapaxes(k, 1, 2)]
+    seen = [jnp.broadcast_to(visible[:, None], (batch, heads, width))]
+    if cache.keys.shape[1]:  # the pool's first entries, where they are the first of all
+        stream = layer * heads + jnp.arange(heads)
+        slots = cache.starts[:, stream, None] + jnp.arange(sinks)  # [B, H, sinks]
+        at = jnp.minimum(slots, cache.keys.shape[1] - 1)
+        there = (slots < cache.starts[:, stream + 1, None]) & (jax.vmap(lambda position, i: position[i])(cache.position, at) < sinks)
+        keys, seen = [jax.vmap(lambda keys, i: keys[i])(cache.keys, at), *keys], [there, *seen]
+    keys, seen = jnp.concatenate(keys, axis=2), jnp.concatenate(seen, axis=2)
+    keys = jnp.where(jnp.pad(seen, ((0, 0), (0, 0), (0, length)), constant_values=True)[..., None], keys, 0)
+    begin = keys.shape[2] - length - width
+
+    def most(most, block):
+        q, number = block
+        query = number * QUERIES + jnp.arange(QUERIES)
+        logits = jnp.einsum("BTHGD,BHND->BHGTN", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        causal = jnp.broadcast_to(token <= query[:, None], (batch, heads, QUERIES, length))
+        shown = jnp.concatenate([jnp.broadcast_to(seen[:, :, None], (batch, heads, QUERIES, seen.shape[-1])), causal], axis=-1)
+        weights = jax.nn.softmax(logits, axis=-1, where=shown[:, :, None])[..., begin : begin + width]
+        asks = (query < valid[:, None])[:, None, None, :, None]
+        return jnp.maximum(most, jnp.where(asks, weights, 0).max(axis=(2, 3))), None
+
+    blocks = -(-length // QUERIES)
+    padded = jnp.pad(q, ((0, 0), (0, blocks * QUERIES - length), (0, 0), (0, 0), (0, 0)))
+    padded = jnp.moveaxis(padded.reshape(batch, blocks, QUERIES, *q.shape[2:]), 1, 0)
+    return jax.lax.scan(most, jnp.zeros((batch, heads, width)), (padded, jnp.arange(blocks)))[0]
+
+
+def stream_scores(config: Config, policy: Policy, longest: int, cache: Cache) -> tuple[jax.Array, jax.Array]:
+    """The scores of a policy that looks at whole streams, a layer at a time: of the pool's entries [B, C] and the buffer's [B, S, W]."""
+    noted, query_position, moments = cache.noted, None, policy.moments
+    if policy.queries:
+        query_position = cache.seen[:, None] - policy.queries + jnp.arange(policy.queries)
+
+    def score(layer):
+        streams = cache_lib.streams_of(cache, layer, longest)
+        mean = covariance = None
+        if moments is not None:
+            count = jnp.maximum(cache.seen - moments, 1)[:, None, None, None]
+            mean = noted["query_sum"][layer] / count
+            covariance = noted["query_outer"][layer] / count[..., None] - mean[..., None] * mean[..., None, :]
+        return policy.score(
+            Streams(
+                **streams._asdict(), seen=cache.seen, budget=cache.budget, frequency=rope_frequencies(config)[0],
+                queries=noted["queries"][layer] if policy.queries else None, query_position=query_position,
+                query_mean=mean, query_covariance=covariance,
+            )
+        )  # fmt: skip
+
+    return cache_lib.scatter_streams(cache, jax.lax.map(score, jnp.arange(config.layers)))
