@@ -262,6 +262,8 @@ class Rows:
         if policy.queries:
             noted["queries"] = noted["queries"][:, :, -policy.queries :]
         held = {name: x for name, x in self.cache._asdict().items() if name.startswith("buffer") or name == "seen"}
+        if policy.stat != self.plan.policy.stat:
+            held["buffer_stat"] = programs.stat_of_buffer(other.plan, self.cache)
         other.cache = other.cache._replace(**jax.tree.map(jnp.copy, {**held, "noted": noted}))
         other._evict()
         other.cache = cache_lib.with_buffer(other.cache, other.width)
@@ -325,9 +327,10 @@ def request(model: Model, before: Sequence[int]) -> list[int]:
 
 def served(policy: policies.Policy, reader: policies.Policy) -> bool:
     """Whether all that `policy` needs of a reading is in one by `reader`."""
-    same = ("stat", "gated", "hidden", "entropy", "attended", "reread")
+    same = ("gated", "hidden", "entropy", "attended", "reread")
     return (
         all(getattr(policy, name) == getattr(reader, name) for name in same)
+        and (policy.stat == reader.stat or not any(getattr(policy, name) for name in same))  # which only looks at what the cache holds
         and policy.queries <= reader.queries
         and policy.moments in (None, reader.moments)
         and (not policy.reread or policy.sinks == reader.sinks)
@@ -357,7 +360,7 @@ def reader(names: Sequence[str]) -> policies.Policy:
     union = dataclasses.replace(members[0], score=None, queries=max(p.queries for p in members), moments=min(moments, default=None))
     apart = [name for name, policy in zip(names, members, strict=True) if not served(policy, union)]
     if apart:
-        raise ValueError(f"policies {', '.join(names)} cannot share a reading: {', '.join(apart)} stores something else than {names[0]}; see `together`")
+        raise ValueError(f"policies {', '.join(names)} cannot share a reading: {', '.join(apart)} needs something else than {names[0]}; see `together`")
     return union
 
 

@@ -116,6 +116,15 @@ def prefill(plan: Plan, params, gates, cache: Cache, tokens, valid, logits, evic
     return (plan.evict(cache) if evict else cache), logits
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def stat_of_buffer(plan: Plan, cache: Cache) -> jax.Array:
+    """`Cache.buffer_stat` as this policy, which asks nothing of the model, would have stored it."""
+    layers, _, heads, _ = cache.buffer_stat.shape
+    stream = jnp.arange(layers * heads, dtype=jnp.int32).reshape(layers, 1, 1, heads)
+    stat = plan.policy.stat(policies.Written(cache.buffer_position, stream, jnp.swapaxes(cache.buffer_keys, 2, 3), None, None, None))
+    return jnp.swapaxes(stat, 2, 3)
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def evict(plan: Plan, cache: Cache) -> Cache:
     return plan.evict(cache)

@@ -70,10 +70,13 @@ def load(
 
 
 def seen(task: Task) -> Task:
-    """The same with each sample's first question in its context, so that what compresses the context knows it. Raises ValueError for tasks of turns."""
+    """The same with question i mod Q of sample i in its context, so that what compresses the context knows it. Raises ValueError for tasks of turns."""
     if any(sample.turns for sample in task.samples):
         raise ValueError(f"question_seen makes no sense for {task.name}, whose questions are turns; evaluate it without")
-    joined = [dataclasses.replace(one, context=one.context + one.questions[0], questions=("",), answers=one.answers[:1]) for one in task.samples]
+    joined = []
+    for i, one in enumerate(task.samples):
+        asked = i % len(one.questions)
+        joined.append(dataclasses.replace(one, context=one.context + one.questions[asked], questions=("",), answers=(one.answers[asked],)))
     return dataclasses.replace(task, samples=joined)
 
 
