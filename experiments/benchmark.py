@@ -1,12 +1,14 @@
 """Times what this project is fast at, as ratios within one run: python -m experiments.benchmark --suite=kernels --workdir=runs/benchmark.
 
 kernels: each operation at real sizes on whatever device jax finds, beside the rival that its issue names, and beside the bandwidth of a plain copy.
+end_to_end: SmolLM2-135M reading and decoding with the full cache and under a budget, and in transformers and kvpress where they are installed (extra
+`compare`); reading 32K tokens in bounded memory.
 training: a training step of SmolLM2-135M over 1,024 tokens, in plain forward passes; and the memory it takes.
 The times of a busy machine are worth nothing; the ratios hold as long as both sides were equally disturbed.
 """
 
 import csv
-import importlib
+import importlib.util
 import pathlib
 import statistics
 import time
@@ -18,9 +20,11 @@ from absl import app, flags
 
 from configs import smollm2_135m
 from pallas_kernels import operations
-from retention.training import bench
+from retention import bench, checkpoints
+from retention.checkpoints import download
+from retention.training import bench as training_bench
 
-SUITE = flags.DEFINE_enum("suite", "kernels", ["kernels", "training"], "What to time.")
+SUITE = flags.DEFINE_enum("suite", "kernels", ["kernels", "end_to_end", "training"], "What to time.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder for the suite's CSV.", required=True)
 OPERATIONS = flags.DEFINE_list("operations", list(operations.NAMES), "Which operations.")
 
@@ -70,11 +74,23 @@ def kernels() -> Iterator[dict]:
             yield row
 
 
+def end_to_end() -> Iterator[dict]:
+    compare = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
+    return bench.rows(checkpoints.load("smollm2-135m"), theirs=bench.Theirs(download.smollm2_135m()) if compare else None)
+
+
+SUITES = {
+    "kernels": kernels,
+    "end_to_end": end_to_end,
+    "training": lambda: training_bench.rows(smollm2_135m.get_config("long")),
+}
+
+
 def main(_):
     device = jax.devices()[0].device_kind
     print(device)
     rows = []
-    for row in kernels() if SUITE.value == "kernels" else bench.rows(smollm2_135m.get_config("long")):
+    for row in SUITES[SUITE.value]():
         rows.append({"device": device, **row})
         print("  ".join(f"{key} {value}" for key, value in row.items() if value != ""), flush=True)
     path = pathlib.Path(WORKDIR.value)

@@ -1,8 +1,6 @@
 """What a training step costs, in plain forward passes of the same model over the same tokens."""
 
-import functools
 import statistics
-import time
 from collections.abc import Iterator
 
 import jax
@@ -10,6 +8,7 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from retention import checkpoints, gates
+from retention.bench import take_turns
 from retention.model import full_logits
 from retention.training import sharding
 from retention.training.data import Pipeline
@@ -30,13 +29,8 @@ def rows(config: ConfigDict) -> Iterator[dict]:
     key = jax.random.key(config.seed)
     step = jax.jit(make_step(model.config, gate, optimizer, config.loss, mesh)).lower(state, model.params, batch, key).compile()
     forward = jax.jit(full_logits, static_argnums=0).lower(model.config, model.params, batch["tokens"]).compile()
-    runs = {"step": functools.partial(step, state, model.params, batch, key), "forward": functools.partial(forward, model.params, batch["tokens"])}
-    seconds = {name: [] for name in runs}
-    for _ in range(ROUNDS):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            seconds[name].append(time.perf_counter() - start)
+    runs = {"step": lambda: step(state, model.params, batch, key), "forward": lambda: forward(model.params, batch["tokens"])}
+    seconds = take_turns({name: lambda run=run: run for name, run in runs.items()}, ROUNDS)
     tokens, compared = config.data.length, int(batch["answer"].sum() + batch["other"].sum())
     yield {
         "operation": "training step",

@@ -1,0 +1,159 @@
+"""What generation costs: the full cache against a budget, and both against the code of others where it is installed. Ratios within one run."""
+
+import copy
+import dataclasses
+import functools
+import importlib.util
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import numpy as np
+
+from retention.generation import CHUNK, Rows
+from retention.model import Model
+from retention.training.metrics import peak_memory_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is measured. contexts, long: tokens read; batches: sequences at a time; budget: tokens per stream; new_tokens: decoded after each context.
+
+    Under the budget 240 tokens fill the write buffer, and what follows is one eviction: its share of the time is neither spared nor counted twice.
+    """
+
+    contexts: tuple[int, ...] = (2048, 8192)
+    batches: tuple[int, ...] = (1, 4)
+    budget: int = 512
+    new_tokens: int = 240
+    long: tuple[int, ...] = (8192, 32_768)
+
+
+def take_turns(runs: Mapping[str, Callable[[], Callable]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of what each run prepares, everyone once a round, after a round that is not counted."""
+    seconds = {name: [] for name in runs}
+    for _ in range(rounds + 1):
+        for name, prepare in runs.items():
+            run = prepare()
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: own[1:] for name, own in seconds.items()}
+
+
+def rows(model: Model, sizes: Sizes = Sizes(), theirs: "Theirs | None" = None) -> Iterator[dict]:
+    """Reading in bounded memory, first, as the peak is the process's; then reading and decoding, everyone by turns."""
+    tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=(max(sizes.batches), max(*sizes.contexts, *sizes.long)))
+    for budget in (sizes.budget, None):
+        for length in sizes.long:
+            yield long_row(model, sizes, tokens[:1, :length], budget)
+    for context in sizes.contexts:
+        for batch in sizes.batches:
+            yield from prefill_rows(model, sizes, theirs, tokens[:batch, :context])
+            yield from decode_rows(model, sizes, theirs, tokens[:batch, :context])
+
+
+def long_row(model: Model, sizes: Sizes, tokens: np.ndarray, budget: int | None) -> dict:
+    """Reading a long context, once, after compiling: seconds, the process's peak so far, and the cache's bytes against what its entries take."""
+    config = model.config
+    if budget is not None:  # a short text compiles all; the full cache's programs are those of its length, so that the compiler's seconds are in its own
+        read(model, tokens[:, : 2 * (budget + CHUNK)], budget)
+    start = time.perf_counter()
+    done = read(model, tokens, budget)
+    seconds = time.perf_counter() - start
+    entry = config.head_dim * 2 * model.params["embed"].dtype.itemsize + 8  # keys, values; position and score
+    return {
+        "what": f"read {tokens.shape[1]} tokens with " + ("the full cache" if budget is None else f"budget {budget}"),
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "cache_bytes": done.stats(0).allocated_bytes,
+        "formula_bytes": config.streams * (tokens.shape[1] if budget is None else budget + done.width) * entry,
+    }
+
+
+def prefill_rows(model: Model, sizes: Sizes, theirs: "Theirs | None", tokens: np.ndarray) -> Iterator[dict]:
+    runs = {"full cache": lambda: lambda: read(model, tokens, None).logits, "budget": lambda: lambda: read(model, tokens, sizes.budget).logits}
+    if theirs:
+        runs["transformers"] = lambda: lambda: theirs.read(tokens)[0]
+    yield from compared("read", tokens, tokens.size, take_turns(runs, rounds=1))
+
+
+def decode_rows(model: Model, sizes: Sizes, theirs: "Theirs | None", tokens: np.ndarray) -> Iterator[dict]:
+    """Decoding after a context. "entries alone": as many entries as under the budget, without gates or eviction."""
+    (batch, context), steps = tokens.shape, sizes.new_tokens
+
+    def decoding(rows: Rows) -> Callable[[], Callable]:
+        def prepare():
+            fork = rows.fork()
+            return lambda: list(fork.decode(steps, 0.0, 1.0, 0, ()))
+
+        return prepare
+
+    caches = {"full cache": read(model, tokens, None), "budget": read(model, tokens, sizes.budget)}
+    caches["entries alone"] = read(model, tokens[:, : sizes.budget + caches["budget"].width // 2 - steps // 2], None)
+    runs = {name: decoding(rows) for name, rows in caches.items()}
+    if theirs:
+        state = theirs.read(tokens)
+        runs["transformers"] = lambda: functools.partial(theirs.decode, *copy.deepcopy(state), context, steps)
+        if batch == 1 and importlib.util.find_spec("kvpress"):
+            press = theirs.press(context, sizes.budget, caches["budget"].width)
+            with press(theirs.model):
+                pressed = theirs.read(tokens)
+            runs["kvpress"] = lambda: functools.partial(theirs.decode, *copy.deepcopy(pressed), context, steps, press)
+    yield from compared("decode", tokens, batch * steps, take_turns(runs, rounds=3))
+
+
+def read(model: Model, tokens: np.ndarray, budget: int | None) -> Rows:
+    """The rows after reading tokens [B,T], computed."""
+    rows = Rows(model, len(tokens), budget)
+    rows.append(tokens.tolist())
+    jax.block_until_ready(rows.cache)
+    return rows
+
+
+def compared(what: str, tokens: np.ndarray, counted: int, seconds: Mapping[str, list[float]]) -> Iterator[dict]:
+    """A row for each: tokens a second, and how many times as fast as the full cache (the median of the rounds' ratios)."""
+    for name, own in seconds.items():
+        yield {
+            "what": f"{what}, {tokens.shape[1]} tokens of context, B={len(tokens)}: {name}",
+            "seconds": statistics.median(own),
+            "tokens_per_second": round(counted / statistics.median(own), 1),
+            "times_full_cache": round(statistics.median(full / one for full, one in zip(seconds["full cache"], own, strict=True)), 3),
+        }
+
+
+class Theirs:
+    """The same weights in transformers (torch, sdpa), and kvpress around them."""
+
+    def __init__(self, path: pathlib.Path):
+        import torch
+        import transformers
+
+        self.torch = torch
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="sdpa").eval()
+
+    def read(self, tokens: np.ndarray):
+        """The next tokens [B,1] and the cache."""
+        with self.torch.inference_mode():
+            out = self.model(self.torch.tensor(tokens), use_cache=True, logits_to_keep=1)
+            return out.logits[:, -1:].argmax(-1), out.past_key_values
+
+    def decode(self, token, cache, position: int, steps: int, press=None) -> None:
+        """Greedy decoding; the model's own loop, without the bookkeeping of `generate`."""
+        if press is not None:
+            with press(self.model):
+                return self.decode(token, cache, position, steps)
+        with self.torch.inference_mode():
+            for step in range(steps):
+                at = self.torch.tensor([position + step])
+                out = self.model(token, past_key_values=cache, use_cache=True, position_ids=at[None], cache_position=at)
+                token = out.logits[:, -1:].argmax(-1)
+
+    def press(self, context: int, budget: int, interval: int):
+        """What keeps `budget` tokens per stream of the context, and of what is decoded after each `interval` tokens; its cheapest scores."""
+        import kvpress
+
+        decoding = kvpress.DecodingPress(kvpress.KnormPress(), compression_interval=interval, target_size=budget, hidden_states_buffer_size=0)
+        return kvpress.PrefillDecodingPress(kvpress.KnormPress(compression_ratio=1 - budget / context), decoding)

@@ -1,0 +1,45 @@
+"""The benchmark counts what it says; how long things take is not for tests."""
+
+import jax
+import pytest
+
+from retention import bench
+
+
+def test_turns_are_taken_and_the_first_round_is_not_counted():
+    called = []
+
+    def prepare(name):
+        called.append(f"prepare {name}")
+        return lambda: called.append(name)
+
+    seconds = bench.take_turns({name: lambda name=name: prepare(name) for name in ("a", "b")}, rounds=2)
+    assert called == ["prepare a", "a", "prepare b", "b"] * 3
+    assert {name: len(own) for name, own in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_ratios_are_of_the_same_round():
+    tokens = jax.numpy.zeros((4, 100))
+    full, ours = bench.compared("read", tokens, 400, {"full cache": [2.0, 40.0, 6.0], "budget": [1.0, 10.0, 2.0]})
+    assert full["times_full_cache"] == 1 and ours["times_full_cache"] == 3  # 2, 4, 3
+    assert ours["tokens_per_second"] == 200 and ours["what"] == "read, 100 tokens of context, B=4: budget"
+
+
+@pytest.mark.filterwarnings("ignore:.*beyond the")
+def test_what_is_measured(small):
+    sizes = bench.Sizes(contexts=(300,), batches=(1, 2), budget=16, new_tokens=8, long=(600,))
+    rows = list(bench.rows(small, sizes))
+    names = ("full cache", "budget")
+    assert [row["what"] for row in rows] == [
+        "read 600 tokens with budget 16",
+        "read 600 tokens with the full cache",
+        *(
+            f"{what}, 300 tokens of context, B={batch}: {name}"
+            for batch in (1, 2)
+            for what, whose in (("read", names), ("decode", (*names, "entries alone")))
+            for name in whose
+        ),
+    ]
+    assert all(row["seconds"] > 0 for row in rows)
+    # Beside the entries only each stream's start and a few numbers of the sequence; the write buffer's stat is counted with its entries, its positions once.
+    assert 0.9 < rows[0]["cache_bytes"] / rows[0]["formula_bytes"] < 1.05
