@@ -4,6 +4,7 @@ The host only feeds prompts in and takes generated tokens out, a piece of severa
 depends on the prompt. `Session` is one conversation; `generate` runs a batch of prompts.
 """
 
+import copy
 import dataclasses
 import functools
 import numbers
@@ -187,8 +188,11 @@ class Rows:
             self._evict()
         self.settled = True
 
-    def append(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Feeds each sequence its tokens, evicting after each chunk (one-shot: once, at the end)."""
+    def append(self, prompts: Sequence[Sequence[int]]) -> list[jax.Array]:
+        """Feeds each sequence its tokens, evicting after each chunk (one-shot: once, at the end).
+
+        Returns the stats [L, B, H, tokens] of the policies of plan.beside.
+        """
         self.settle()
         lengths = [len(prompt) for prompt in prompts]
         if self.cache is None:
@@ -200,6 +204,7 @@ class Rows:
         elif self.one_shot:
             self._room(max(lengths) + chunk)
         rereads = self.plan.policy.reread > 0
+        beside = []
         for begin in range(0, max(lengths), chunk):
             left = max(lengths) - begin
             # The last chunk is cut to the next power of two: a short question should not cost a whole chunk.
@@ -207,16 +212,16 @@ class Rows:
             parts = [prompt[begin : begin + size] for prompt in prompts]
             tokens, valid = padded(parts, size)
             evict = self.evicts and (left <= size or not self.one_shot)
-            self.cache, self.logits = programs.prefill(
+            self.cache, self.logits, stats = programs.prefill(
                 self.plan, self.model.params, self.gates, self.cache, tokens, valid, self.logits, evict=evict and not rereads
             )
+            beside.append(stats)
             if evict and rereads:
                 self._reread(prompts if self.one_shot else parts)
                 self._evict()
-        if not self.evicts and rereads:
-            self._reread(prompts)
         if self.evicts and self.one_shot:
             self.cache = cache_lib.with_buffer(self.cache, self.width)
+        return [jnp.concatenate(stats, axis=3) for stats in zip(*beside, strict=True)]
 
     def _reread(self, read: Sequence[Sequence[int]]) -> None:
         """Reads the newest tokens of each sequence, which the buffer ends with, once more, as many at a time as the policy says.
@@ -234,7 +239,8 @@ class Rows:
             tokens, valid = padded(asking, roomy(max(map(len, asking))))
             first, count = start + before + begin, np.array([len(part) for part in parts], np.int32)
             skipped = start if begin == 0 else first
-            self.cache = programs.reread(self.plan, self.model.params, self.cache, tokens, valid, skipped, first, count)
+            stat = programs.reread(self.plan, self.model.params, self.cache, tokens, valid, skipped, first, count)
+            self.cache = self.cache._replace(buffer_stat=stat)
 
     def fork(self) -> "Rows":
         """The same sequences, to go on by themselves."""
@@ -242,31 +248,6 @@ class Rows:
         other.__dict__.update(self.__dict__)
         # Programs consume the cache they are given, so the two may not share arrays.
         other.cache = jax.tree.map(jnp.copy, self.cache)
-        return other
-
-    def compress(
-        self, budget: int | float, policy: str, scope: str | None = None, sinks: int | None = None, window: int | None = None, prefill_chunk: int = 256
-    ) -> "Rows":
-        """What one-shot prefill under this policy would have left, from rows that `read` made for it, which stay as they are. Arguments as in `generate`.
-
-        Raises ValueError for a policy that they were not read for.
-        """
-        other = Rows(self.model, self.batch, budget, policy, scope, prefill_chunk, sinks, window)
-        policy = other.plan.policy
-        if self.evicts or not served(policy, self.plan.policy):
-            raise ValueError("these rows were not read for this policy; name it to generation.read")
-        other._open([int(seen) for seen in self.cache.seen])
-        other.logits, other.most_seen, other.warned = self.logits, 0, True
-        other._saw(self.most_seen)
-        noted = {name: self.cache.noted[name] for name in other.cache.noted}
-        if policy.queries:
-            noted["queries"] = noted["queries"][:, :, -policy.queries :]
-        held = {name: x for name, x in self.cache._asdict().items() if name.startswith("buffer") or name == "seen"}
-        if policy.stat != self.plan.policy.stat:
-            held["buffer_stat"] = programs.stat_of_buffer(other.plan, self.cache)
-        other.cache = other.cache._replace(**jax.tree.map(jnp.copy, {**held, "noted": noted}))
-        other._evict()
-        other.cache = cache_lib.with_buffer(other.cache, other.width)
         return other
 
     def decode(self, max_new_tokens: int, temperature: float, top_p: float, seed: int, stop: Sequence[int]) -> Iterator[np.ndarray]:
@@ -325,55 +306,82 @@ def request(model: Model, before: Sequence[int]) -> list[int]:
     return model.tokenizer.encode(text, bos=False) + list(before[-8:]) + turn(model)[1]
 
 
-def served(policy: policies.Policy, reader: policies.Policy) -> bool:
-    """Whether all that `policy` needs of a reading is in one by `reader`."""
-    same = ("gated", "hidden", "entropy", "attended", "reread")
-    return (
-        all(getattr(policy, name) == getattr(reader, name) for name in same)
-        and (policy.stat == reader.stat or not any(getattr(policy, name) for name in same))  # which only looks at what the cache holds
-        and policy.queries <= reader.queries
-        and policy.moments in (None, reader.moments)
-        and (not policy.reread or policy.sinks == reader.sinks)
+def stat_of(policy: policies.Policy) -> tuple:
+    """Policies that have this in common store the same number with an entry."""
+    return policy.stat, policy.gated, policy.hidden, policy.past, policy.entropy
+
+
+@functools.cache
+def reader(members: tuple[policies.Policy, ...]) -> policies.Policy:
+    """A policy that never evicts, for which all is noted that these declare. Raises ValueError if their moments are of different positions."""
+    moments = {policy.moments for policy in members if policy.moments is not None}
+    if len(moments) > 1:
+        raise ValueError(f"policies that need the queries' moments from positions {sorted(moments)} on cannot share a reading; give each a run of its own")
+    asking = [policy.hidden for policy in members if policy.hidden is not None]
+    return policies.Policy(
+        score=None,
+        gated=any(policy.gated for policy in members),
+        queries=max((policy.queries for policy in members), default=0),
+        moments=max(moments, default=None),
+        hidden=(lambda layers: tuple(sorted({block for hidden in asking for block in hidden(layers)}))) if asking else None,
+        past=max((policy.past for policy in members), default=0),
+        entropy=any(policy.entropy for policy in members),
+        attended=any(policy.attended for policy in members),
     )
 
 
-def together(names: Sequence[str]) -> list[tuple[str, ...]]:
-    """The policies in groups that one reading serves, see `read`."""
-    groups: list[list[str]] = []
-    for name in names:
-        for group in groups:
-            try:
-                reader([*group, name])
-            except ValueError:
-                continue
-            group.append(name)
-            break
-        else:
-            groups.append([name])
-    return [tuple(group) for group in groups]
+class Reading:
+    """The full cache of B prompts (token ids), read once, and all that these policies need to compress it.
 
-
-def reader(names: Sequence[str]) -> policies.Policy:
-    """A policy that never evicts and notes what all of these need. Raises ValueError if no reading serves them all."""
-    members = [policies.get(name) for name in names]
-    moments = [policy.moments for policy in members if policy.moments is not None]
-    union = dataclasses.replace(members[0], score=None, queries=max(p.queries for p in members), moments=min(moments, default=None))
-    apart = [name for name, policy in zip(names, members, strict=True) if not served(policy, union)]
-    if apart:
-        raise ValueError(f"policies {', '.join(names)} cannot share a reading: {', '.join(apart)} needs something else than {names[0]}; see `together`")
-    return union
-
-
-def read(model: Model, names: Sequence[str], prompts: Sequence[Sequence[int]]) -> Rows:
-    """The full cache of these prompts (token ids), which `Rows.compress` then compresses by any of the policies: one prefill for all of them.
-
-    Raises ValueError if no reading serves them all.
+    Raises ValueError as `reader` does, and for a policy that is not known or needs gates that the model has not.
     """
-    rows = Rows(model, len(prompts), None)
-    union = reader(names)
-    rows._follow(union, "global", union.sinks or 0, 0)
-    rows.append(prompts)
-    return rows
+
+    def __init__(self, model: Model, names: Sequence[str], prompts: Sequence[Sequence[int]]):
+        members = [policies.get(name) for name in names]
+        beside = {stat_of(policy): policy for policy in members}
+        self.prompts, self.full = prompts, Rows(model, len(prompts), None)
+        self.full._follow(reader(tuple(members)), "global", 0, 0)
+        self.full.plan = dataclasses.replace(self.full.plan, beside=tuple(beside.values()))
+        stats = self.full.append(prompts)
+        width = self.full.cache.buffer_position.shape[1]
+        self.stats = {name: jnp.pad(stat, [(0, 0)] * 3 + [(0, width - stat.shape[3])]) for name, stat in zip(beside, stats, strict=True)}
+        self.read: dict[str, Rows | None] = dict.fromkeys(names)
+
+    def read_for(self, policy: str) -> Rows:
+        """The full cache with what this policy stores with each entry. KVzip reads the prompts once more for it, the first time that it is asked for.
+
+        Raises ValueError for a policy that was not named.
+        """
+        if policy not in self.read:
+            raise ValueError(f"these prompts were read for {', '.join(self.read)}, not for {policy}; name it to Reading")
+        if self.read[policy] is None:
+            named, rows = policies.get(policy), copy.copy(self.full)
+            rows._follow(named, "global", named.sinks or 0, 0)
+            stat = self.stats[stat_of(named)]
+            rows.cache = rows.cache._replace(
+                buffer_stat=stat + rows.cache.buffer_stat if named.attended else stat,
+                noted=observations.noted_for(rows.model.config, named, self.full.plan.policy, rows.cache.noted),
+            )
+            if named.reread:
+                rows._reread(self.prompts)
+            self.read[policy] = rows
+        return self.read[policy]
+
+    def compress(
+        self, budget: int | float, policy: str, scope: str | None = None, sinks: int | None = None, window: int | None = None, prefill_chunk: int = 256
+    ) -> Rows:
+        """What one-shot prefill under this policy would have left. Arguments as in `generate`. Raises ValueError as `read_for`."""
+        full, rows = self.read_for(policy), Rows(self.full.model, self.full.batch, budget, policy, scope, prefill_chunk, sinks, window)
+        if not rows.evicts:
+            return full.fork()
+        rows._open([int(seen) for seen in full.cache.seen])
+        rows.logits, rows.warned = full.logits, True
+        rows._saw(full.most_seen)
+        held = {name: x for name, x in full.cache._asdict().items() if name.startswith("buffer") or name in ("seen", "noted")}
+        rows.cache = rows.cache._replace(**jax.tree.map(jnp.copy, held))
+        rows._evict()
+        rows.cache = cache_lib.with_buffer(rows.cache, rows.width)
+        return rows
 
 
 def check_sampling(max_new_tokens, temperature, top_p) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from retention import cache as cache_lib
 from retention.cache import Cache
 from retention.model import Config, rope_frequencies
-from retention.policies import Policy, Streams
+from retention.policies import Policy, Streams, Written
 from retention.rope import apply_rope
 
 TOP = 256  # predictions over which the entropy is summed (METHOD section 6, InfoKV)
@@ -27,6 +27,33 @@ def nothing_noted(config: Config, policy: Policy, batch: int, dtype) -> dict:
     if policy.past:
         noted["hidden"] = jnp.zeros((len(policy.hidden(config.layers)), batch, policy.past, config.embed_dim), dtype)
     return noted
+
+
+def hidden_for(config: Config, policy: Policy, reader: Policy, hidden: jax.Array) -> jax.Array:
+    """The blocks that `policy` sees, with as many tokens before as it asks for, of the reader's hidden [n, B, past (+ T), E]."""
+    blocks = reader.hidden(config.layers)
+    return hidden[jnp.asarray([blocks.index(block) for block in policy.hidden(config.layers)]), :, reader.past - policy.past :]
+
+
+def written_for(config: Config, policy: Policy, reader: Policy, written: Written) -> Written:
+    """What `policy` is shown of what was written for `reader`, which has declared at least as much."""
+    return written._replace(
+        log_beta=written.log_beta if policy.gated else None,
+        hidden=None if policy.hidden is None else hidden_for(config, policy, reader, written.hidden),
+        entropy=written.entropy if policy.entropy else None,
+    )
+
+
+def noted_for(config: Config, policy: Policy, reader: Policy, noted: dict) -> dict:
+    """What would have been noted for `policy`, of what was noted for `reader`, which has declared at least as much."""
+    own = {}
+    if policy.queries:
+        own["queries"] = noted["queries"][:, :, reader.queries - policy.queries :]
+    if policy.moments is not None:
+        own |= {name: noted[name] for name in ("query_sum", "query_outer")}
+    if policy.past:
+        own["hidden"] = hidden_for(config, policy, reader, noted["hidden"])
+    return own
 
 
 def newest(before: jax.Array, new: jax.Array, valid: jax.Array) -> jax.Array:

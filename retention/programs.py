@@ -19,7 +19,10 @@ from retention.model import Config, bind
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that a compiled program depends on but shapes: hashable, one compilation each. longest: of all pool segments, for policies that ask."""
+    """All that a compiled program depends on but shapes: hashable, one compilation each.
+
+    longest: of all pool segments, for policies that ask. beside: policies whose stat is wanted too, of a reading that serves them all.
+    """
 
     config: Config
     gate: gates_lib.GateConfig | None
@@ -28,6 +31,7 @@ class Plan:
     sinks: int
     window: int | None
     longest: int = 0
+    beside: tuple[policies.Policy, ...] = ()
 
     def evict(self, cache: Cache) -> Cache:
         policy, layer_budgets = self.policy, None
@@ -41,10 +45,10 @@ class Plan:
         return cache_lib.select(cache, scores, self.scope, self.sinks, window, policy.floor, layer_budgets)
 
 
-def forward(plan: Plan, params: dict, gates: dict | None, cache: Cache, tokens: jax.Array, valid: jax.Array, logits: jax.Array) -> tuple[jax.Array, Cache]:
-    """Feeds each sequence its next valid[b] of tokens [B,T]; they attend to pool, buffer and themselves. Returns hidden [B,T,E] and the new cache.
+def forward(plan: Plan, params: dict, gates: dict | None, cache: Cache, tokens: jax.Array, valid: jax.Array, logits: jax.Array):
+    """Feeds each sequence its next valid[b] of tokens [B,T]; they attend to pool, buffer and themselves.
 
-    logits [B,V]: what predicted the first of them.
+    logits [B,V]: what predicted the first of them. Returns hidden [B,T,E], the new cache, and for each policy of plan.beside its stat [L,B,H,T].
     """
     config, policy, noted = plan.config, plan.policy, cache.noted
     decoder = bind(config, params)
@@ -75,18 +79,20 @@ def forward(plan: Plan, params: dict, gates: dict | None, cache: Cache, tokens: 
         outputs = jnp.concatenate([noted["hidden"], outputs.astype(noted["hidden"].dtype)], axis=2)
     entropy = observations.entropy_before(decoder, hidden, logits, positions) if policy.entropy else None
     stream = jnp.arange(config.streams, dtype=jnp.int32).reshape(config.layers, 1, 1, config.kv_heads)
-    stat = policy.stat(policies.Written(positions, stream, keys, log_beta, outputs, entropy))
+    written = policies.Written(positions, stream, keys, log_beta, outputs, entropy)
+    stat = policy.stat(written)
+    beside = [jnp.swapaxes(other.stat(observations.written_for(config, other, policy, written)), 2, 3) for other in plan.beside]
     if policy.attended:
         old, new_buffer = cache_lib.scatter_streams(cache, paid[0])
         new_buffer = jnp.moveaxis(new_buffer.reshape(new_buffer.shape[0], config.layers, config.kv_heads, -1), 0, 1)
         cache = cache._replace(stat=cache.stat + old, buffer_stat=cache.buffer_stat + new_buffer)
         stat = stat + jnp.swapaxes(paid[1], 2, 3)
-    return hidden, cache_lib.append(cache, keys, values, stat, valid)._replace(noted=newly_noted)
+    return hidden, cache_lib.append(cache, keys, values, stat, valid)._replace(noted=newly_noted), beside
 
 
-@functools.partial(jax.jit, static_argnames="plan", donate_argnames="cache")
-def reread(plan: Plan, params, cache: Cache, tokens, valid, skipped, first, count) -> Cache:
-    """Reads part of the write buffer once more: the most attention that a query pays an entry of it becomes the entry's stat. Nothing joins the cache.
+@functools.partial(jax.jit, static_argnames="plan")
+def reread(plan: Plan, params, cache: Cache, tokens, valid, skipped, first, count) -> jax.Array:
+    """Reads part of the write buffer once more: the most attention that a query pays an entry of it becomes the entry's stat. Returns `buffer_stat`.
 
     tokens [B,T], of which valid[b] count: what asks for the part, and the part again. first, count [B]: the part's rows of the buffer; the rows from
     `skipped` to there get 0. As in KVzip, a query's attention is over the first `sinks` entries, the part, and the tokens read with it.
@@ -103,26 +109,19 @@ def reread(plan: Plan, params, cache: Cache, tokens, valid, skipped, first, coun
         paid = observations.most_received(cache, layer, plan.sinks, part, q, k, valid)
         return carry, out, jnp.where(part[:, None], paid, jnp.where(unasked[:, None], 0, cache.buffer_stat[layer]))
 
-    _, _, stat = bind(config, params)(tokens, positions, attend, layer_inputs=jnp.arange(config.layers, dtype=jnp.int32))
-    return cache._replace(buffer_stat=stat)
+    return bind(config, params)(tokens, positions, attend, layer_inputs=jnp.arange(config.layers, dtype=jnp.int32))[2]
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "evict"), donate_argnames="cache")
-def prefill(plan: Plan, params, gates, cache: Cache, tokens, valid, logits, evict: bool) -> tuple[Cache, jax.Array]:
-    """One chunk: tokens [B,T], of which valid[b] count, then a selection if asked. logits [B,V] of the last token so far are carried along."""
-    hidden, cache = forward(plan, params, gates, cache, tokens, valid, logits)
+def prefill(plan: Plan, params, gates, cache: Cache, tokens, valid, logits, evict: bool) -> tuple[Cache, jax.Array, list[jax.Array]]:
+    """One chunk: tokens [B,T], of which valid[b] count, then a selection if asked. logits [B,V] of the last token so far are carried along.
+
+    Returns cache, logits and what `forward` has for plan.beside.
+    """
+    hidden, cache, beside = forward(plan, params, gates, cache, tokens, valid, logits)
     last = jnp.take_along_axis(hidden, jnp.maximum(valid - 1, 0)[:, None, None], axis=1)[:, 0]
     logits = jnp.where(valid[:, None] > 0, bind(plan.config, params).logits(last), logits)
-    return (plan.evict(cache) if evict else cache), logits
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def stat_of_buffer(plan: Plan, cache: Cache) -> jax.Array:
-    """`Cache.buffer_stat` as this policy, which asks nothing of the model, would have stored it."""
-    layers, _, heads, _ = cache.buffer_stat.shape
-    stream = jnp.arange(layers * heads, dtype=jnp.int32).reshape(layers, 1, 1, heads)
-    stat = plan.policy.stat(policies.Written(cache.buffer_position, stream, jnp.swapaxes(cache.buffer_keys, 2, 3), None, None, None))
-    return jnp.swapaxes(stat, 2, 3)
+    return (plan.evict(cache) if evict else cache), logits, beside
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -162,7 +161,7 @@ def decode(plan: Plan, params, gates, cache: Cache, logits, done, keys, steps, t
         token = sample(logits, position_keys, temperature, top_p)
         active = ~done
         out = out.at[:, i].set(jnp.where(active, token, -1))
-        hidden, cache = forward(plan, params, gates, cache, token[:, None], active.astype(jnp.int32), logits)
+        hidden, cache, _ = forward(plan, params, gates, cache, token[:, None], active.astype(jnp.int32), logits)
         logits = jnp.where(active[:, None], bind(plan.config, params).logits(hidden[:, 0]), logits)
         return i + 1, cache, logits, done | jnp.isin(token, stop), out
 

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from retention import cache, policies
-from retention.generation import Rows, read, together
+from retention import cache, generation, policies
+from retention.generation import Rows
+from retention.policies import expected_attention
 from tests.conftest import small_config, small_model
 from tests.test_generation import Recorder, masked_full_logits, random_prompts
 
@@ -102,17 +103,24 @@ def test_it_evicts_exactly_within_the_budget_row_by_row(wide, name, scope):
     assert answer(run, 20) == tokens
 
 
-QUICK_READINGS = ("expected_attention", "knorm", "kvzip")  # a policy that notes, one that only looks at the cache, one that reads twice
+# One that notes, one that only looks at the cache, one that reads twice, and ones that store what was asked of the model for them.
+QUICK_READINGS = ("epikv_band", "expected_attention", "h2o", "infokv", "knorm", "kvzip", "retention")
+
+
+@pytest.fixture(scope="module")
+def reading(small):
+    """In chunks of 32 and 16 tokens: policies look back over their borders."""
+    before, generation.CHUNK = generation.CHUNK, 32
+    yield generation.Reading(small, evicting(), random_prompts([70, 41], seed=3))
+    generation.CHUNK = before
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK_READINGS else pytest.mark.slow) for name in evicting()])
-def test_one_reading_serves_as_one_shot_prefill(small, name):
-    prompts = random_prompts([70, 41], seed=3)
+def test_one_reading_serves_all_as_one_shot_prefill(small, reading, name):
     once = run_of(small, 2, name, budget=0.25, chunk=None)
-    once.append(prompts)
-    reading = read(small, next(group for group in together(evicting()) if name in group), prompts)
+    once.append(reading.prompts)
     compressed = reading.compress(0.25, name, window=small_window(name), prefill_chunk=once.width)
-    assert reading.stats(0).kept_entries == 70 * small.config.streams
+    assert reading.full.stats(0).kept_entries == 70 * small.config.streams
     assert [kept(compressed, row) for row in (0, 1)] == [kept(once, row) for row in (0, 1)]
     np.testing.assert_allclose(compressed.logits, once.logits, atol=1e-5)
     # And both go on alike: what the policy has noted is there too.
@@ -131,19 +139,18 @@ def test_what_retention_does_not_need_is_not_there(small):
     assert all(getattr(bare, name) == fields[name] for name in ("streams", "queries", "moments", "hidden", "past", "entropy", "attended", "reread"))
 
 
-@pytest.mark.parametrize(
-    "names, message",
-    [(("snapkv", "h2o"), "cannot share a reading: h2o needs something else than snapkv"), (("snapky",), "did you mean snapkv")],
-)
-def test_policies_that_cannot_be_read_together_are_named(small, names, message):
-    with pytest.raises(ValueError, match=message):
-        read(small, names, random_prompts([20]))
+def test_what_cannot_be_read_together_is_said():
+    early, late = expected_attention.policy(), dataclasses.replace(expected_attention.policy(), moments=9)
+    with pytest.raises(ValueError, match=r"moments from positions \[4, 9\] on cannot share a reading"):
+        generation.reader((early, policies.get("snapkv"), late))
 
 
-def test_rows_are_compressed_only_by_what_they_were_read_for(small):
-    reading = read(small, ("snapkv",), random_prompts([50]))
+def test_a_reading_is_compressed_only_by_those_it_was_made_for(small):
+    reading = generation.Reading(small, ("snapkv", "pyramidkv"), random_prompts([50]))
     for name in ("expected_attention", "kvzip", "h2o"):
-        with pytest.raises(ValueError, match="not read for this policy"):
+        with pytest.raises(ValueError, match=f"were read for snapkv, pyramidkv, not for {name}"):
             reading.compress(12, name)
     with pytest.raises(ValueError, match="makes no sense under scope='layer'; its scope may be head"):
-        reading.compress(12, "tova", scope="layer")
+        reading.compress(40, "pyramidkv", scope="layer")
+    whole = reading.compress(small.config.max_positions, "snapkv")
+    assert whole.stats(0).kept_entries == 50 * small.config.streams, "as many tokens as the model can use are the full cache"

@@ -1,8 +1,8 @@
 """Runs tasks over policies, scopes and budgets: every answer a record, every finished batch of a cell skipped when a run goes on.
 
 What is read is compressed before the question is seen, unless config.question_seen. Policies of config.one_shot read a context whole and compress it once,
-as their papers have it; those that can share the reading, and all their budgets, do, and each cell is charged for all of it. The others read in chunks, in
-bounded memory, and evict while they read: their prefill_seconds hold both.
+as their papers have it; all of them and all their budgets share that reading, and each cell is charged for all of it (`benchmark --suite=prefill` times each
+policy by itself). The others read in chunks, in bounded memory, and evict while they read: their prefill_seconds hold both.
 """
 
 import csv
@@ -70,7 +70,11 @@ def empty_rows(config: ConfigDict, model: Model, cell: Cell, batch: int) -> Rows
 
 
 def check_cells(config: ConfigDict, model: Model, table: Sequence[Cell]) -> None:
-    """Raises ValueError, with the cell, for one that cannot run: a scope that its policy cannot have, a budget below what is always kept, no gates."""
+    """Raises ValueError, with the cell, for one that cannot run: a scope that its policy cannot have, a budget below what is always kept, no gates.
+
+    Also for policies of config.one_shot that cannot share a reading.
+    """
+    generation.reader(tuple(policies.get(name) for name in config.one_shot))
     for cell in table:
         try:
             rows = empty_rows(config, model, cell, batch=1)
@@ -166,21 +170,27 @@ class Reader:
 
     def rows(self, wanted: Sequence[Cell], contexts: Sequence[Sequence[int]]) -> Iterator[tuple[Cell, Rows, dict]]:
         config = self.config
-        shared = [cell for cell in wanted if cell.policy in config.one_shot and cell.policy != "full"]
+        shared: dict[str, list[Cell]] = {}
+        for cell in wanted:
+            if cell.policy in config.one_shot and cell.policy != "full":
+                shared.setdefault(cell.policy, []).append(cell)
         # The full cache is read for itself: what others note of a reading takes time and memory.
-        for cell in (cell for cell in wanted if cell not in shared):
+        for cell in (cell for cell in wanted if cell.policy not in shared):
             start = time.time()
             rows = empty_rows(config, self.model, cell, len(contexts))
             rows.append(contexts)
             yield cell, rows, {"prefill_seconds": settled(rows, start), "evict_seconds": 0.0}
-        for group in generation.together(list(dict.fromkeys(cell.policy for cell in shared))):
+        if shared:
             start = time.time()
-            reading = generation.read(self.model, group, contexts)
-            seconds = settled(reading, start)
-            for cell in (cell for cell in shared if cell.policy in group):
+            reading = generation.Reading(self.model, list(shared), contexts)
+            seconds = settled(reading.full, start)
+        for policy, own in shared.items():
+            start = time.time()
+            again = settled(reading.read_for(policy), start)
+            for cell in own:
                 start = time.time()
-                rows = reading.compress(cell.budget, cell.policy, cell.scope, config.sinks, config.window, config.prefill_chunk)
-                yield cell, rows, {"prefill_seconds": seconds, "evict_seconds": settled(rows, start)}
+                rows = reading.compress(cell.budget, policy, cell.scope, config.sinks, config.window, config.prefill_chunk)
+                yield cell, rows, {"prefill_seconds": round(seconds + again, 4), "evict_seconds": settled(rows, start)}
 
 
 def settled(rows: Rows, start: float) -> float:

@@ -16,7 +16,7 @@ from retention.model import bind
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(plan, params, gates, cache, tokens, logits):
-    hidden, _ = programs.forward(plan, params, gates, cache, tokens, jnp.full(tokens.shape[0], tokens.shape[1]), logits)
+    hidden, *_ = programs.forward(plan, params, gates, cache, tokens, jnp.full(tokens.shape[0], tokens.shape[1]), logits)
     return bind(plan.config, params).logits(hidden)
 
 
