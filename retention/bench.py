@@ -1,17 +1,20 @@
 """What generation costs: the full cache against a budget, and both against the code of others where it is installed. Ratios within one run."""
 
+import concurrent.futures
 import copy
 import dataclasses
 import functools
 import importlib.util
+import multiprocessing
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 
+from retention import checkpoints, policies
 from retention.generation import CHUNK, Rows
 from retention.model import Model
 from retention.training.metrics import peak_memory_bytes
@@ -105,12 +108,48 @@ def decode_rows(model: Model, sizes: Sizes, theirs: "Theirs | None", tokens: np.
     yield from compared("decode", tokens, batch * steps, take_turns(runs, rounds=3))
 
 
-def read(model: Model, tokens: np.ndarray, budget: int | None) -> Rows:
+def read(model: Model, tokens: np.ndarray, budget: int | float | None, policy: str = "retention", prefill_chunk: int | None = CHUNK) -> Rows:
     """The rows after reading tokens [B,T], computed."""
-    rows = Rows(model, len(tokens), budget)
+    rows = Rows(model, len(tokens), budget, policy, prefill_chunk=prefill_chunk)
     rows.append(tokens.tolist())
     jax.block_until_ready(rows.cache)
     return rows
+
+
+def compression_rows(model: str, lengths: Sequence[int] = (1024, 4096), budget: float = 0.25) -> Iterator[dict]:
+    """What it costs to read a context and compress it under each policy, each in a process of its own, so that the peak of its memory is its own.
+
+    Retention reads in chunks, the others a context whole, as their papers have it.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
+        for length in lengths:
+            for policy in policies.names():
+                yield processes.submit(compression_row, model, policy, length, budget).result()
+
+
+def compression_row(model: str | Model, policy: str, length: int, budget: float, rounds: int = 3) -> dict:
+    """The policy alone, for the peak, then plain prefill and it by turns."""
+    model = checkpoints.load(model) if isinstance(model, str) else model
+    tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=(1, length))
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    chunk = CHUNK if policy == "retention" else None
+    done = read(model, tokens, budget, policy, chunk)
+    peak = peak_memory_bytes()
+    runs = {"plain": lambda: lambda: read(model, tokens, None).logits, policy: lambda: lambda: read(model, tokens, budget, policy, chunk).logits}
+    if policy == "full":
+        runs = {policy: runs["plain"]}
+    seconds = take_turns(runs, rounds)
+    plain = seconds.get("plain", seconds[policy])
+    return {
+        "what": f"read {length} tokens and compress",
+        "policy": policy,
+        "prefill": "plain" if policy == "full" else "one-shot" if chunk is None else f"chunks of {chunk}",
+        "seconds": statistics.median(seconds[policy]),
+        "times_plain": round(statistics.median(one / base for one, base in zip(seconds[policy], plain, strict=True)), 2),
+        "peak_above_weights_bytes": peak - weights,
+        "cache_bytes": done.stats(0).allocated_bytes,
+    }
 
 
 def compared(what: str, tokens: np.ndarray, counted: int, seconds: Mapping[str, list[float]]) -> Iterator[dict]:

@@ -43,3 +43,11 @@ def test_what_is_measured(small):
     assert all(row["seconds"] > 0 for row in rows)
     # Beside the entries only each stream's start and a few numbers of the sequence; the write buffer's stat is counted with its entries, its positions once.
     assert 0.9 < rows[0]["cache_bytes"] / rows[0]["formula_bytes"] < 1.05
+
+
+@pytest.mark.parametrize("policy", ["full", "retention", "kvzip"])
+def test_what_compressing_costs(small, policy):
+    row = bench.compression_row(small, policy, 100, 0.25, rounds=1)
+    assert row["policy"] == policy and row["seconds"] > 0 and row["peak_above_weights_bytes"] > 0
+    assert row["prefill"] == {"full": "plain", "retention": "chunks of 256", "kvzip": "one-shot"}[policy]
+    assert row["times_plain"] == 1 or policy != "full"

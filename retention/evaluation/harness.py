@@ -1,8 +1,8 @@
 """Runs tasks over policies, scopes and budgets: every answer a record, every finished batch of a cell skipped when a run goes on.
 
 What is read is compressed before the question is seen, unless config.question_seen. Policies of config.one_shot read a context whole and compress it once,
-as their papers have it; all of them and all their budgets share that reading, and each cell is charged for all of it (`benchmark --suite=prefill` times each
-policy by itself). The others read in chunks, in bounded memory, and evict while they read: their prefill_seconds hold both.
+as their papers have it; all of them and all their budgets share that reading, and each cell is charged for all of it (what each costs by itself:
+`experiments.benchmark --suite=compression`). The others read in chunks, in bounded memory, and evict while they read: their prefill_seconds hold both.
 """
 
 import csv
