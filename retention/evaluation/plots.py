@@ -99,7 +99,10 @@ def plot_scores(rows: Sequence[dict], path: pathlib.Path) -> None:
 
 def style(name: str, number: int) -> dict:
     """The learned policy stands out."""
-    return dict(linewidth=2.5, color="tab:red", zorder=3) if name.startswith("retention") else dict(linewidth=1, color=plt.cm.tab20(number % 20))
+    if name.startswith("retention"):
+        return dict(linewidth=2.5, color="tab:red", zorder=3)
+    others = plt.cm.tab20.colors[:6] + plt.cm.tab20.colors[7:]  # without that red
+    return dict(linewidth=1, color=others[number % len(others)])
 
 
 def plot_heads(records: Sequence[dict], path: pathlib.Path) -> None:
