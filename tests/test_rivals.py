@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from retention import policies
-from retention.generation import Rows, read
+from retention.generation import Reading, Rows
 from retention.model import bind, rope_frequencies
 from retention.policies import ada_snapkv, attention, epikv, expected_attention, infokv, keydiff, kvzip, lagkv, pyramidkv, rkv, snapkv, tova
 from tests.test_generation import random_prompts
@@ -269,7 +269,7 @@ def buffered(rows, length):
 
 def test_queries_and_moments(small, forward):
     prompt, (q, *_) = forward
-    rows = read(small, ("snapkv", "expected_attention"), [prompt, prompt[:5]])
+    rows = Reading(small, ("snapkv", "expected_attention"), [prompt, prompt[:5]]).full
     np.testing.assert_allclose(rows.cache.noted["queries"][:, 0], q[:, -32:], atol=2e-5)
     np.testing.assert_allclose(rows.cache.noted["queries"][:, 1, -5:], q[:, :5], atol=2e-5)
     angle = np.arange(300)[:, None] * np.asarray(rope_frequencies(small.config)[0], np.float64)
@@ -295,7 +295,7 @@ def test_h2o_adds_up_the_attention_received(small, forward):
 def test_kvzip_is_the_most_attention_of_a_second_reading(small, forward):
     prompt = forward[0][:120]
     weights = plain_forward(small, prompt + prompt)[2]
-    rows = read(small, ("kvzip",), [prompt])
+    rows = Reading(small, ("kvzip",), [prompt]).read_for("kvzip")
     np.testing.assert_allclose(buffered(rows, 120), weights[:, :, :, 120:, :120].max(axis=(2, 3)), rtol=1e-4, atol=1e-6)
     assert (np.asarray(kvzip.score(jnp.array([kvzip.UNREAD, 1.0]), jnp.array([7, 9]), 10)) >= [1.0, 1.0]).all()
 
@@ -310,13 +310,13 @@ def test_epikv_and_infokv_see_the_blocks_outputs_and_the_predictions(small, forw
         ("epikv_flat", epikv.surprise(jnp.asarray(padded[[1]]), position) - epikv.surprise(jnp.asarray(padded[[2]]), position)),
         ("epikv_band", 1.29 * epikv.surprise(early, position) - epikv.surprise(late, position)),
     ):
-        found = buffered(read(small, (name,), [prompt]), 300)
+        found = buffered(Reading(small, (name,), [prompt]).read_for(name), 300)
         np.testing.assert_allclose(found, np.broadcast_to(np.asarray(expected), found.shape), atol=2e-3)
     probability = np.exp(logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)))
     entropy = np.concatenate([[0], -np.sum(probability * np.log(probability), axis=-1)[:-1]])
     unit = outputs / np.linalg.norm(outputs, axis=-1, keepdims=True)
     information = (2 - np.einsum("LTE,TE->LT", unit, unit[-1])) * entropy
-    found = buffered(read(small, ("infokv",), [prompt]), 300)
+    found = buffered(Reading(small, ("infokv",), [prompt]).read_for("infokv"), 300)
     np.testing.assert_allclose(found, np.broadcast_to(information[:, None], found.shape), rtol=1e-3, atol=1e-4)
 
 
