@@ -61,19 +61,23 @@ def forward(plan: Plan, params: dict, gates: dict | None, cache: Cache, tokens: 
     # XLA copies in every round.
     def attend(carry, layer_input, q, k, v, h):
         layer, gate, noted = layer_input
-        log_beta = None if gate is None else gates_lib.log_beta(gate, h, config.kv_heads)
+        log_beta = h if at_once else None if gate is None else gates_lib.log_beta(gate, h, config.kv_heads)
         out = cached_attention(q, k, v, valid, *pool, *buffer, layer)
         paid = observations.received(cache, layer, plan.longest, q, k, valid) if policy.attended else None
         return carry, out, (k, v, log_beta, observations.note_queries(config, policy, noted, q, positions, valid), paid)
 
     layer_gates = gates_lib.per_layer(gates, config, plan.gate) if policy.gated else None
-    layer_inputs = (jnp.arange(config.layers, dtype=jnp.int32), layer_gates, by_layer)
+    # One token's gates are so little work that it is cheaper to do all layers' in one go than a few small products in each.
+    at_once = policy.gated and tokens.shape[1] == 1
+    layer_inputs = (jnp.arange(config.layers, dtype=jnp.int32), None if at_once else layer_gates, by_layer)
     hidden, _, new = decoder(tokens, positions, attend, layer_inputs=layer_inputs, outputs=policy.hidden is not None)
     outputs = None
     if policy.hidden is not None:
         new, outputs = new
         outputs = outputs[jnp.asarray(policy.hidden(config.layers))]
     keys, values, log_beta, newly_noted, paid = new
+    if at_once:
+        log_beta = jax.vmap(gates_lib.log_beta, in_axes=(0, 0, None))(layer_gates, log_beta, config.kv_heads)
     if policy.past:
         newly_noted["hidden"] = jax.vmap(functools.partial(observations.newest, valid=valid))(noted["hidden"], outputs)
         outputs = jnp.concatenate([noted["hidden"], outputs.astype(noted["hidden"].dtype)], axis=2)
