@@ -64,15 +64,22 @@ def title(row: dict) -> str:
 def plot_scores(rows: Sequence[dict], path: pathlib.Path) -> None:
     """A panel a task and length: score (of prose KL) against budget, a line a policy and scope with 95 % intervals; the full cache as a band.
 
-    Where the rows are of several runs, each run has lines of its own.
+    Where several runs have the same policy in the same panel, each run has lines of its own.
     """
-    several = len({row.get("run") for row in rows}) > 1
+    runs: dict[tuple[str, str], set] = {}
+    for row in rows:
+        runs.setdefault((title(row), label(row)), set()).add(row.get("run"))
+    several = any(len(names) > 1 for names in runs.values())
     lines: dict[str, list[dict]] = {}
     for row in rows:
         lines.setdefault(f"{label(row)}, {row['run']}" if several else label(row), []).append(row)
     own = panels(rows)
-    figure, axes = plt.subplots(1, len(own), figsize=(1.5 + 5 * len(own), 5), squeeze=False, layout="constrained")
-    for axis, panel in zip(axes[0], own, strict=True):
+    columns = min(len(own), 3)
+    down = -(-len(own) // columns)
+    figure, axes = plt.subplots(down, columns, figsize=(1.5 + 5 * columns, 0.5 + 4.5 * down), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(own) :]:
+        axis.set_axis_off()
+    for axis, panel in zip(axes.flat, own, strict=False):
         measure = "score" if "score" in panel[0] else "kl"
         for number, (name, line) in enumerate(lines.items()):
             mine = sorted((row for row in line if title(row) == title(panel[0])), key=lambda row: row["budget"] or 0)
@@ -91,8 +98,8 @@ def plot_scores(rows: Sequence[dict], path: pathlib.Path) -> None:
         axis.set_xticks(budgets, [f"{budget:.4g}" for budget in budgets])
         axis.set(xlabel="budget", ylabel=measure)
         axis.set_title(title(panel[0]), fontsize=9, wrap=True)
-    handles = {name: handle for axis in axes[0] for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-    axes[0][-1].legend(handles.values(), handles.keys(), fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    handles = {name: handle for axis in axes.flat for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), fontsize=7, loc="outside right center")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

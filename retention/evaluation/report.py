@@ -6,6 +6,11 @@ from retention.evaluation.plots import label, panels, title
 
 NUMBERS = ("score", "low", "high", "kl", "loss", "prefill_seconds", "evict_seconds", "decode_seconds", "allocated_bytes", "kept_entries", "samples")
 
+SHARED = (
+    "One-shot policies share one reading of a context, in which all that any of them needs is computed, and each is charged for all of it "
+    "(KVzip for its second reading too): their seconds are bounds. What each costs alone: `python -m experiments.benchmark --suite=compression`."
+)
+
 
 def typed(row: dict[str, str]) -> dict:
     """A row of results.csv with its numbers as numbers; what is empty is left out, but for length and budget, which are then None."""
@@ -23,7 +28,7 @@ def leaderboard(runs: Sequence[tuple[str, dict, dict, Sequence[dict[str, str]]]]
     commit, seed, hardware and command.
     """
     rows = [{**typed(row), "model": config["model"], "run": name} for name, config, _, table in runs for row in table]
-    parts = ["# Leaderboard", ""]
+    parts = ["# Leaderboard", "", SHARED, ""]
     for own in panels(rows):
         parts += _table(own)
     parts += ["| run | commit | seed | hardware | command |", "|---|---|---|---|---|"]
