@@ -180,7 +180,7 @@ def plant(body: list[str], plants: list[str], depths: list[float]) -> list[str]:
     return planted
 
 
-def _person(rng: np.random.Generator) -> str:
+def person(rng: np.random.Generator) -> str:
     return f"{pick(rng, FIRST)} {pick(rng, LAST)}"
 
 
@@ -192,6 +192,11 @@ def _distinct(make, count: int, taken: str = "") -> list[str]:
         if not any(new in one or one in new for one in found) and new not in taken:
             found.append(new)
     return found
+
+
+def number(rng: np.random.Generator) -> tuple[str, str, str]:
+    """A statement that gives a key a five-digit number, the question for it, and the number."""
+    return _numbers(1, rng)[0]
 
 
 def _numbers(count: int, rng: np.random.Generator) -> list[tuple[str, str, str]]:
@@ -210,7 +215,7 @@ def _numbers(count: int, rng: np.random.Generator) -> list[tuple[str, str, str]]
 def _facts(rng: np.random.Generator) -> list[tuple[str, str, str]]:
     """(statement, question, value) of a person, a place and, in two samples of three, a reason or an object."""
     kinds = ["person", "place", *([pick(rng, ("reason", "object"))] if rng.random() < 2 / 3 else [])]
-    person, other = _distinct(lambda: _person(rng), 2)
+    person, other = _distinct(lambda: person(rng), 2)
     pairs = {
         "person": (f"the {pick(rng, GROUPS)}", person),
         "place": (f"the {pick(rng, THINGS)}", pick(rng, PLACES)),

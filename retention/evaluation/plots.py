@@ -164,3 +164,24 @@ def plot_dilution(rows: Sequence[dict], budget: int, margin: float, path: pathli
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def plot_streams(rows: Sequence[dict], path: pathlib.Path) -> None:
+    """Loss above and KL to the full cache below, against the place in the stream: a column a budget, a line a policy. See experiments/stream.py."""
+    budgets = sorted({row["budget"] for row in rows if row["budget"] is not None})
+    policies = list(dict.fromkeys(row["policy"] for row in rows if row["policy"] != "full"))
+    figure, axes = plt.subplots(2, len(budgets), figsize=(1.5 + 4 * len(budgets), 7), squeeze=False, sharex=True, sharey="row", layout="constrained")
+    for column, budget in enumerate(budgets):
+        for axis, measure in zip(axes[:, column], ("loss", "kl"), strict=True):
+            for number, policy in enumerate(["full", *policies]):
+                own = [row for row in rows if row["policy"] == policy and row["budget"] in (budget, None)]
+                look = dict(color="0.3", linestyle="--", linewidth=1) if policy == "full" else style(policy, number)
+                if policy != "full" or measure == "loss":
+                    axis.plot([(row["from"] + row["to"]) / 2 for row in own], [row[measure] for row in own], marker="o", markersize=3, label=policy, **look)
+            axis.set_ylabel({"loss": "next-token loss, nats", "kl": "KL to the full cache, nats"}[measure])
+        axes[0, column].set_title(f"{budget} tokens per stream", fontsize=9)
+        axes[1, column].set(xlabel="token of the stream", yscale="log")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside right center")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

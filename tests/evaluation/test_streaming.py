@@ -1,0 +1,74 @@
+"""Streams through evicting caches: the same numbers as decoding them, and the full cache as the yardstick."""
+
+import csv
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from retention import checkpoints
+from retention.checkpoints import gates as gates_file
+from retention.evaluation import streaming
+from retention.generation import Rows
+from tests.conftest import small_config, small_model
+from tests.tiny import write_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = write_folder(tmp_path_factory.mktemp("tiny") / "model")
+    gates_file.save(folder / "gates.safetensors", small_model(small_config()).gates)
+    return folder
+
+
+def test_following_is_decoding(folder):
+    """The losses of a stream that a cache has decoded itself are those of the choices it made."""
+    model = checkpoints.load(folder, gates=None)
+    prompts = [[5, 6, 7, 8] * 6, [9, 10, 11] * 5]
+
+    def rows(budget, policy):
+        made = Rows(model, 2, budget, policy, prefill_chunk=8, sinks=1, window=4)
+        made.append(prompts)
+        return made
+
+    decoded = rows(12, "window")
+    stream = np.concatenate(list(decoded.decode(40, 0.0, 1.0, 0, ())), axis=1)
+    caches = {"window": rows(12, "window"), "full": Rows(model, 2, None)}
+    caches["full"].append(prompts)
+    seen, largest = [], 0
+    for begin, name, loss, kl in streaming.follow(caches, stream, 8):
+        seen.append((begin, name))
+        assert loss.shape == kl.shape == (2, 8)
+        if name == "full":
+            np.testing.assert_allclose(kl, 0, atol=1e-6)
+        else:
+            largest = max(largest, float(kl.max()))
+            assert (loss < np.log(model.config.vocab_size)).all(), "the likeliest token is likelier than most"
+    assert seen == [(begin, name) for begin in range(0, 40, 8) for name in ("full", "window")] and largest > 1e-4
+    assert [caches["window"].stats(row).kept_entries for row in (0, 1)] == [12 * model.config.streams] * 2
+    np.testing.assert_allclose(jax.nn.log_softmax(caches["window"].logits), jax.nn.log_softmax(decoded.logits), atol=1e-4)
+
+
+def test_stories_hold_their_answer_once_and_ask_for_it():
+    samples = streaming.stories(5, seed=0)
+    assert samples == streaming.stories(5, seed=0) and len({sample.answers for sample in samples}) == 5
+    for sample in samples:
+        assert sample.context.count(sample.answers[0]) == 1 and sample.answers[0] not in sample.questions[0]
+
+
+@pytest.mark.parametrize("kind, tokens", [("story", 64), pytest.param("prose", 96, marks=pytest.mark.slow)])
+def test_the_program(folder, tmp_path, kind, tokens):
+    command = [
+        sys.executable, "-m", "experiments.stream", f"--config=configs/stream.py:{kind}", f"--workdir={tmp_path}", f"--config.model={folder}",
+        f"--config.gates={folder}/gates.safetensors", "--config.samples=2", f"--config.tokens={tokens}", "--config.policies=('window','retention')",
+        "--config.budgets=(20,)", "--config.bins=2", "--config.piece=8",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(open(tmp_path / "stream.csv")))
+    assert [(row["policy"], row["budget"]) for row in rows[::2]] == [("full", ""), ("window", "20"), ("retention", "20")]
+    assert [(int(row["from"]), int(row["to"])) for row in rows[:2]] == [(0, tokens // 2), (tokens // 2, tokens)]
+    assert all(float(row["kl"]) < 1e-6 for row in rows[:2]) and all(float(row["kl"]) > 0 for row in rows[3:])
+    assert bool(rows[1]["answered"]) == (kind == "story") and (tmp_path / "stream.png").stat().st_size > 10_000
