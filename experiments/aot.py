@@ -2,8 +2,8 @@
 
 kernels: every kernel at real sizes. VMEM is what the TPU compiler says the kernel uses (a GPU's shared memory is checked by its compiler, which does not
 report it); temp is the HBM that the program needs beside its arguments and results. training: whole steps of configs/qwen3_4b.py on meshes of up to 512
-chips, with the HBM of one chip and what the chips exchange; a step that does not fit, or holds an array of T x T, is an error. Needs the extra `aot`;
-`make aot` sets that up.
+chips, with the HBM of one chip and what the chips exchange; a step that does not fit, or holds an array of T x T, is an error. serving: reading and decoding
+with Qwen3-4B on one chip, full cache and budgets, with the tokens a second that its memory allows at most. Needs the extra `aot`; `make aot` sets that up.
 """
 
 import csv
@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from configs import qwen3_4b
 from pallas_kernels import aot, operations
+from retention import compiled as serving
 from retention.training import compiled
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The folder for kernels.csv or training.csv.", required=True)
-SUITE = flags.DEFINE_enum("suite", "kernels", ["kernels", "training"], "What to compile.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder for kernels.csv, training.csv or serving.csv.", required=True)
+SUITE = flags.DEFINE_enum("suite", "kernels", ["kernels", "training", "serving"], "What to compile.")
 OPERATIONS = flags.DEFINE_list("operations", list(operations.NAMES), "Which operations, of the kernels.")
 TARGETS = flags.DEFINE_list("targets", list(aot.TARGETS), "Which chips, for the kernels.")
 STEPS = flags.DEFINE_list("steps", [step.label for step in compiled.STEPS], "Which training steps.")
@@ -33,12 +34,16 @@ COLUMNS = {
         ("model", "topology", "chips", "mesh", "tokens"),
         ("arguments_bytes", "temp_bytes", "total_bytes", "hbm_bytes", "largest_array", "collectives"),
     ),
+    "serving": (
+        ("model", "target", "batch", "context", "budget"),
+        ("weights_bytes", "cache_bytes", "decode_total_bytes", "read_total_bytes", "hbm_bytes", "tokens_per_second"),
+    ),
 }
 
 
 def main(_):
     names, measures = COLUMNS[SUITE.value]
-    programs = list(kernels() if SUITE.value == "kernels" else training())
+    programs = list({"kernels": kernels, "training": training, "serving": servings}[SUITE.value]())
     path = pathlib.Path(WORKDIR.value)
     path.mkdir(parents=True, exist_ok=True)
     failed = 0
@@ -94,9 +99,25 @@ def training():
         yield (step.model, step.topology, math.prod(step.mesh.values()), mesh, step.length), functools.partial(compile_step, step)
 
 
+def servings():
+    """What is served, and what compiles it."""
+    require_compilers({one.target for one in serving.SERVINGS})
+    for one in serving.SERVINGS:
+        yield (*one[:-1], one.budget or "full"), functools.partial(measure_serving, one)
+
+
+def measure_serving(one: serving.Serving) -> dict:
+    row = serving.serve(one) | {"hbm_bytes": aot.HBM_GIB[one.target] * 2**30}
+    needed = max(row.get(name, 0) for name in ("decode_total_bytes", "read_total_bytes"))
+    # That the full cache does not fit is what the table is there to show.
+    if one.budget is not None and not 0 < needed <= row["hbm_bytes"]:
+        row["error"] = "does not fit"
+    return row | {"tokens_per_second": round(row["tokens_per_second"], 1)}
+
+
 def compile_step(step: compiled.Step) -> dict:
-    program = compiled.compile_step(qwen3_4b.get_config(step.data), compiled.MODELS[step.model], step.topology, step.length, step.mesh)
-    row, text = compiled.memory(program), program.as_text()
+    program = compiled.compile_step(qwen3_4b.get_config(step.data), serving.MODELS[step.model], step.topology, step.length, step.mesh)
+    row, text = serving.memory(program), program.as_text()
     row["hbm_bytes"] = aot.HBM_GIB[step.topology.partition(":")[0]] * 2**30
     size, array = compiled.largest_array(text)
     row["largest_array"] = f"{array} {size / 1e9:.2f} GB"

@@ -1,6 +1,5 @@
 """A training step through the compiler without the machine: what each chip holds, and what the chips exchange."""
 
-import functools
 import math
 import re
 from collections.abc import Mapping
@@ -13,24 +12,14 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import aot
 from retention import gates
-from retention.checkpoints.stacking import parameter_shapes
+from retention.compiled import parameters
 from retention.model import Config
 from retention.training import sharding
 from retention.training.step import init_state, make_optimizer, make_step
 
-_QWEN3 = functools.partial(
-    Config, vocab_size=151_936, kv_heads=8, head_dim=128, max_positions=40_960, rope_theta=1e6, norm_eps=1e-6, tie_embeddings=True, qk_norm=True
-)
-# The shapes of the released models, from their config.json.
-MODELS = {
-    "qwen3_1_7b": _QWEN3(layers=28, embed_dim=2048, mlp_dim=6144, query_heads=16),
-    "qwen3_4b": _QWEN3(layers=36, embed_dim=2560, mlp_dim=9728, query_heads=32),
-    "qwen3_8b": _QWEN3(layers=36, embed_dim=4096, mlp_dim=12_288, query_heads=32, tie_embeddings=False),
-}
-
 
 class Step(NamedTuple):
-    """One of MODELS trained as configs/qwen3_4b.py:`data` says on rows of `length` tokens, one for each device of the data and fsdp axes."""
+    """A model of retention/compiled.py trained as configs/qwen3_4b.py:`data` says on rows of `length` tokens, one for each device of data and fsdp."""
 
     model: str
     data: str
@@ -61,7 +50,7 @@ def compile_step(config, model: Config, topology: str, length: int, mesh_shape: 
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     sharding.check(mesh, model, rows, length)
     gate, optimizer = gates.GateConfig(**config.gate), make_optimizer(config.optimizer, config.steps)
-    params = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype)), _stacked(model), is_leaf=lambda x: isinstance(x, tuple))
+    params = parameters(model, config.dtype)
     state = jax.eval_shape(lambda: init_state(gates.init(model, gate), optimizer))
     batch = dict.fromkeys(("tokens", "labels", "segment_ids", "positions"), jnp.int32) | dict.fromkeys(("answer", "other"), jnp.bool)
     batch = {name: jax.ShapeDtypeStruct((rows, length), dtype) for name, dtype in batch.items()}
@@ -70,18 +59,6 @@ def compile_step(config, model: Config, topology: str, length: int, mesh_shape: 
     step = jax.jit(make_step(model, gate, optimizer, config.loss, mesh), in_shardings=places, out_shardings=(places[0], copied), donate_argnums=0)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return step.lower(state, params, batch, jax.eval_shape(lambda: jax.random.key(0))).compile()
-
-
-def _stacked(model: Config) -> dict:
-    shapes = parameter_shapes(model)
-    return shapes | {"layers": {name: (model.layers, *shape) for name, shape in shapes["layers"].items()}}
-
-
-def memory(compiled) -> dict[str, int]:
-    """The bytes of one device's memory that a compiled step takes: arguments_bytes, temp_bytes, and total_bytes with the results that reuse no argument's."""
-    found = compiled.memory_analysis()
-    arguments, temp = found.argument_size_in_bytes, found.temp_size_in_bytes
-    return {"arguments_bytes": arguments, "temp_bytes": temp, "total_bytes": arguments + temp + found.output_size_in_bytes - found.alias_size_in_bytes}
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:
