@@ -18,8 +18,9 @@ test-all: .venv/installed-compare       ## every test, the slow ones and those a
 	$(BIN)/python -m pytest
 
 # JAX_PLATFORMS: else jax looks for the accelerators whose compilers it finds.
-aot: aot-quick       ## compile every kernel for five TPU generations and an H100, and whole training steps for 4 to 512 TPUs; table what they need
+aot: aot-quick       ## compile every kernel for five TPU generations and an H100, serving on one chip, training on 4 to 512; table what they need
 	JAX_PLATFORMS=cpu .venv-aot/bin/python -m experiments.aot --suite=kernels --workdir=runs/aot
+	JAX_PLATFORMS=cpu .venv-aot/bin/python -m experiments.aot --suite=serving --workdir=runs/aot
 	JAX_PLATFORMS=cpu .venv-aot/bin/python -m experiments.aot --suite=training --workdir=runs/aot
 
 aot-quick: .venv-aot/installed       ## the part of it that CI runs

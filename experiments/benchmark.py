@@ -91,16 +91,17 @@ SUITES = {
 def main(_):
     device = jax.devices()[0].device_kind
     print(device)
+    path = pathlib.Path(WORKDIR.value)
+    path.mkdir(parents=True, exist_ok=True)
     rows = []
     for row in SUITES[SUITE.value]():
         rows.append({"device": device, **row})
         print("  ".join(f"{key} {value}" for key, value in row.items() if value != ""), flush=True)
-    path = pathlib.Path(WORKDIR.value)
-    path.mkdir(parents=True, exist_ok=True)
-    with open(path / f"{SUITE.value}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
-        writer.writeheader()
-        writer.writerows(rows)
+        # Again after every row, as rows differ in their columns and a long run may be cut short.
+        with open(path / f"{SUITE.value}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -223,6 +223,26 @@ class Rows:
             self.cache = cache_lib.with_buffer(self.cache, self.width)
         return [jnp.concatenate(stats, axis=3) for stats in zip(*beside, strict=True)]
 
+    def score(self, tokens: np.ndarray) -> jax.Array:
+        """[B,T,V]: the logits of each of the tokens [B,T], before it was seen. Then they are in the cache, as one chunk of `append`.
+
+        Raises ValueError if T is more than the write buffer holds.
+        """
+        if tokens.shape[1] > self.width:
+            raise ValueError(f"tokens must be at most {self.width} a sequence, the length of the write buffer (prefill_chunk), got {tokens.shape[1]}")
+        self.settle()
+        self._saw(tokens.shape[1])
+        if not self.evicts:
+            self._room(self.most_seen + CHUNK)
+        rereads = self.plan.policy.reread > 0
+        self.cache, predicted, self.logits = programs.score(
+            self.plan, self.model.params, self.gates, self.cache, jnp.asarray(tokens), self.logits, evict=self.evicts and not rereads
+        )
+        if rereads:
+            self._reread(tokens.tolist())
+            self._evict()
+        return predicted
+
     def _reread(self, read: Sequence[Sequence[int]]) -> None:
         """Reads the newest tokens of each sequence, which the buffer ends with, once more, as many at a time as the policy says.
 

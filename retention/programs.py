@@ -128,6 +128,14 @@ def prefill(plan: Plan, params, gates, cache: Cache, tokens, valid, logits, evic
     return (plan.evict(cache) if evict else cache), logits, beside
 
 
+@functools.partial(jax.jit, static_argnames=("plan", "evict"), donate_argnames="cache")
+def score(plan: Plan, params, gates, cache: Cache, tokens, logits, evict: bool) -> tuple[Cache, jax.Array, jax.Array]:
+    """As `prefill`, of tokens [B,T] that all count. Returns cache, what was predicted of each token [B,T,V], and what is of the next [B,V]."""
+    hidden, cache, _ = forward(plan, params, gates, cache, tokens, jnp.full(tokens.shape[0], tokens.shape[1]), logits)
+    after = bind(plan.config, params).logits(hidden)
+    return (plan.evict(cache) if evict else cache), jnp.concatenate([logits[:, None], after[:, :-1]], axis=1), after[:, -1]
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def evict(plan: Plan, cache: Cache) -> Cache:
     return plan.evict(cache)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from retention import cache, policies, programs
+from retention.evaluation import prose
 from retention.generation import Rows
 from retention.model import bind
 from tests.conftest import small_config, small_model
@@ -298,6 +299,23 @@ def test_retention_without_gates_is_refused(small):
         rows(bare, 1, 12)
     rows(bare, 1, 12, "window")
     rows(bare, 1, None)
+
+
+@pytest.mark.parametrize("policy", ["retention", "kvzip"])
+def test_scoring_is_appending_a_chunk(small, policy):
+    more = np.array(random_prompts([16, 16], seed=1))
+    scored, appended = rows(small, 2, 12, policy), rows(small, 2, 12, policy)
+    for run in (scored, appended):
+        run.append(random_prompts([40, 33]))
+    before, expected = np.asarray(scored.logits), prose.continuation_logits(scored, more)
+    predicted = scored.score(more)
+    appended.append(more.tolist())
+    np.testing.assert_array_equal(predicted[:, 0], before)
+    np.testing.assert_allclose(predicted[:, 1:], expected, atol=1e-4)
+    np.testing.assert_allclose(scored.logits, appended.logits, atol=1e-4)
+    jax.tree.map(np.testing.assert_array_equal, [kept(scored, row) for row in (0, 1)], [kept(appended, row) for row in (0, 1)])
+    with pytest.raises(ValueError, match="tokens must be at most 16 a sequence"):
+        scored.score(np.zeros((2, 17), int))
 
 
 def test_a_budget_larger_than_the_context_is_the_full_cache(small):

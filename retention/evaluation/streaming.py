@@ -7,11 +7,10 @@ selection follows, as when a model decodes.
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from retention.evaluation import needles, prose
+from retention.evaluation import needles
 from retention.generation import Rows
 from retention.model import Model
 from retention.training.documents import ASK, END, SYSTEM, USER
@@ -42,9 +41,7 @@ def follow(caches: Mapping[str, Rows], stream: np.ndarray, piece: int) -> Iterat
     for begin in range(0, stream.shape[1] - piece + 1, piece):
         tokens, full = stream[:, begin : begin + piece], None
         for name in order:
-            rows = caches[name]
-            predicted = jax.nn.log_softmax(jnp.concatenate([rows.logits[:, None], prose.continuation_logits(rows, tokens)], axis=1))
-            rows.append(tokens.tolist())
+            predicted = jax.nn.log_softmax(caches[name].score(tokens))
             full = predicted if name == "full" else full
             kl = None if full is None else np.asarray(optax.losses.kl_divergence_with_log_targets(predicted, full))
             yield begin, name, np.asarray(optax.losses.softmax_cross_entropy_with_integer_labels(predicted, tokens)), kl
