@@ -180,7 +180,7 @@ def plant(body: list[str], plants: list[str], depths: list[float]) -> list[str]:
     return planted
 
 
-def person(rng: np.random.Generator) -> str:
+def full_name(rng: np.random.Generator) -> str:
     return f"{pick(rng, FIRST)} {pick(rng, LAST)}"
 
 
@@ -215,7 +215,7 @@ def _numbers(count: int, rng: np.random.Generator) -> list[tuple[str, str, str]]
 def _facts(rng: np.random.Generator) -> list[tuple[str, str, str]]:
     """(statement, question, value) of a person, a place and, in two samples of three, a reason or an object."""
     kinds = ["person", "place", *([pick(rng, ("reason", "object"))] if rng.random() < 2 / 3 else [])]
-    person, other = _distinct(lambda: person(rng), 2)
+    person, other = _distinct(lambda: full_name(rng), 2)
     pairs = {
         "person": (f"the {pick(rng, GROUPS)}", person),
         "place": (f"the {pick(rng, THINGS)}", pick(rng, PLACES)),

@@ -22,7 +22,7 @@ def stories(count: int, seed: int) -> list[needles.Sample]:
     samples = []
     for _ in range(count):
         statement, question, value = needles.number(rng)
-        wish = f"{statement} Keep it in mind, I will ask you later. Now write a very long story, of many chapters, about {needles.person(rng)}."
+        wish = f"{statement} Keep it in mind, I will ask you later. Now write a very long story, of many chapters, about {needles.full_name(rng)}."
         samples.append(needles.Sample(SYSTEM + USER + wish + ASK, (f"{END}\n{USER}{question}{ASK}",), (value,)))
     return samples
 
