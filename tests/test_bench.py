@@ -29,6 +29,7 @@ def test_ratios_are_of_the_same_round():
     assert ours["tokens_per_second"] == 200 and ours["what"] == "read, 100 tokens of context, B=4: budget"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*beyond the")
 def test_what_is_measured(small):
     sizes = bench.Sizes(contexts=(300,), batches=(1, 2), budget=16, new_tokens=8, long=(600,))

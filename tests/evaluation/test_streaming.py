@@ -58,7 +58,8 @@ def test_stories_hold_their_answer_once_and_ask_for_it():
         assert sample.context.count(sample.answers[0]) == 1 and sample.answers[0] not in sample.questions[0]
 
 
-@pytest.mark.parametrize("kind, tokens", [("story", 64), pytest.param("prose", 96, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, tokens", [("story", 64), ("prose", 96)])
 def test_the_program(folder, tmp_path, kind, tokens):
     command = [
         sys.executable, "-m", "experiments.stream", f"--config=configs/stream.py:{kind}", f"--workdir={tmp_path}", f"--config.model={folder}",
