@@ -8,7 +8,6 @@ training: a training step of SmolLM2-135M over 1,024 tokens, in plain forward pa
 The times of a busy machine are worth nothing; the ratios hold as long as both sides were equally disturbed.
 """
 
-import csv
 import importlib.util
 import pathlib
 import statistics
@@ -23,6 +22,7 @@ from configs import smollm2_135m
 from pallas_kernels import operations
 from retention import bench, checkpoints
 from retention.checkpoints import download
+from retention.runs import write_table
 from retention.training import bench as training_bench
 
 SUITE = flags.DEFINE_enum("suite", "kernels", ["kernels", "end_to_end", "compression", "training"], "What to time.")
@@ -98,10 +98,7 @@ def main(_):
         rows.append({"device": device, **row})
         print("  ".join(f"{key} {value}" for key, value in row.items() if value != ""), flush=True)
         # Again after every row, as rows differ in their columns and a long run may be cut short.
-        with open(path / f"{SUITE.value}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_table(path / f"{SUITE.value}.csv", rows)
 
 
 if __name__ == "__main__":

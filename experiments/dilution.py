@@ -5,7 +5,6 @@ says it must; a gate that knows relevance but for noise evicts all but a fixed b
 on 2 CPU cores. Writes dilution.csv and dilution.png.
 """
 
-import csv
 import functools
 
 import jax
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from retention.evaluation import dilution
 from retention.evaluation.plots import plot_dilution
-from retention.runs import RunFolder
+from retention.runs import RunFolder, write_table
 
 DEFAULTS = ConfigDict(
     dict(distractors=(16, 64, 256, 1024, 4096, 16384), samples=64, budget=64, margin=4.0, spread=1.0, dim=64, noises=(0.25, 0.5), seed=0)
@@ -58,10 +57,7 @@ def main(_):
             error = float(jnp.std(mass) / config.samples**0.5)
             rows.append({"cache": name, "distractors": count, "mass": float(mass.mean()), "mass_error": error, "accuracy": float(right.mean())})
             run.log(**rows[-1])
-    with open(run.path / "dilution.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(run.path / "dilution.csv", rows)
     plot_dilution(rows, config.budget, config.margin, run.path / "dilution.png")
     run.finish(seed=config.seed)
     for row in rows:

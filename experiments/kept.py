@@ -4,7 +4,6 @@ Writes kept.html (tokens shaded by the share of streams that keep them, or by on
 minute on 2 CPU cores.
 """
 
-import csv
 import pathlib
 
 from absl import app, flags
@@ -12,7 +11,7 @@ from ml_collections import ConfigDict
 
 import retention
 from retention.evaluation import kept_text
-from retention.runs import RunFolder
+from retention.runs import RunFolder, write_table
 
 CONTEXT = flags.DEFINE_string("context", None, "A text file, read as a user's turn; the demo's story unless given.")
 BUDGET = flags.DEFINE_float("budget", 0.125, "The fraction of the entries that stays.", lower_bound=0)
@@ -36,10 +35,7 @@ def main(_):
     (run.path / "kept.html").write_text(kept_text.page(kept, pieces, title), encoding="utf-8")
     kept_text.plot(kept, pieces, title, run.path / "kept.png")
     rows = kept_text.table(kept, pieces)
-    with open(run.path / "kept.csv", "w", newline="") as opened:
-        writer = csv.DictWriter(opened, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(run.path / "kept.csv", rows)
     run.finish()
     print(title)
     for row in rows:

@@ -4,8 +4,6 @@ Writes stream.csv (mean loss and KL to the full cache in each part of the stream
 caches advance together, so a run that was interrupted begins again.
 """
 
-import csv
-
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
@@ -15,7 +13,7 @@ from retention import checkpoints
 from retention.evaluation import prose, streaming
 from retention.evaluation.plots import plot_streams
 from retention.generation import Rows
-from retention.runs import RunFolder
+from retention.runs import RunFolder, write_table
 from retention.training import text
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The streams, configs/stream.py:story or :prose.", lock_config=True)
@@ -46,21 +44,17 @@ def main(_):
         policy, budget = kinds[name]
         run.log(policy=policy, budget=budget, begin=begin, loss=round(float(loss.mean()), 5), kl=round(float(kl.mean()), 5))
 
-    edges, rows = np.linspace(0, config.tokens, config.bins + 1), []
+    edges, records, rows = np.linspace(0, config.tokens, config.bins + 1), run.metrics(), []
     for name, (policy, budget) in kinds.items():
-        own = [record for record in run.metrics() if (record["policy"], record["budget"]) == (policy, budget)]
+        own = [record for record in records if (record["policy"], record["budget"]) == (policy, budget)]
         for first, last in zip(edges[:-1], edges[1:], strict=True):
             part = [record for record in own if first <= record["begin"] < last]
             means = {measure: round(float(np.mean([record[measure] for record in part])), 4) for measure in ("loss", "kl")}
-            rows.append({"policy": policy, "budget": budget, "from": int(first), "to": int(last), **means})
+            rows.append({"policy": policy, "budget": budget, "from": int(first), "to": int(last), **means, "answered": ""})
         if config.kind == "story":
-            answered = sum(streaming.remembered(caches[name], samples))
-            rows[-1]["answered"] = answered
-        print(f"{name:16} loss {[row['loss'] for row in rows[-config.bins :]]} KL {[row['kl'] for row in rows[-config.bins :]]}", rows[-1].get("answered", ""))
-    with open(run.path / "stream.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ["policy", "budget", "from", "to", "loss", "kl", "answered"])
-        writer.writeheader()
-        writer.writerows(rows)
+            rows[-1]["answered"] = sum(streaming.remembered(caches[name], samples))
+        print(f"{name:16} loss {[row['loss'] for row in rows[-config.bins :]]} KL {[row['kl'] for row in rows[-config.bins :]]}", rows[-1]["answered"])
+    write_table(run.path / "stream.csv", rows)
     plot_streams(rows, run.path / "stream.png")
     run.finish(seed=config.seed)
 

@@ -291,6 +291,11 @@ class Rows:
                 break
         self.settle()
 
+    def decode_all(self, max_new_tokens: int, temperature: float, top_p: float, seed: int, stop: Sequence[int]) -> list[list[int]]:
+        """The tokens of each sequence, as `decode` yields them, to its end."""
+        tokens = np.concatenate(list(self.decode(max_new_tokens, temperature, top_p, seed, stop)), axis=1)
+        return [[int(token) for token in row if token >= 0] for row in tokens]
+
     def stats(self, row: int) -> Stats:
         streams = self.model.config.streams
         if self.cache is None:
@@ -462,8 +467,7 @@ def generate(
     check_sampling(max_new_tokens, temperature, top_p)
     rows = Rows(model, len(prompts), budget, policy, scope, prefill_chunk, sinks, window)
     rows.append([encode(model, prompt, f"prompts[{i}]", chat, first=True) for i, prompt in enumerate(prompts)])
-    pieces = list(rows.decode(max_new_tokens, temperature, top_p, seed, model.tokenizer.eos_ids))
-    tokens = [[int(t) for t in row if t >= 0] for row in np.concatenate(pieces, axis=1)]
+    tokens = rows.decode_all(max_new_tokens, temperature, top_p, seed, model.tokenizer.eos_ids)
     return [Generation(model.tokenizer.decode(row), row, rows.stats(i)) for i, row in enumerate(tokens)]
 
 

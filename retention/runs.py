@@ -1,6 +1,7 @@
 """The run folder: config.json, metrics.jsonl, run_meta.json, beside the tables, plots and checkpoints that a program writes."""
 
 import contextlib
+import csv
 import importlib.metadata
 import json
 import os
@@ -92,6 +93,14 @@ def replace_text(file: pathlib.Path, text: str) -> None:
     with writing(file):
         partial.write_text(text)
         partial.replace(file)
+
+
+def write_table(file: pathlib.Path, rows: list[dict]) -> None:
+    """Writes rows as CSV, with every column that one of them has; empty where a row has it not."""
+    with open(file, "w", newline="") as opened:
+        writer = csv.DictWriter(opened, dict.fromkeys(name for row in rows for name in row))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 @contextlib.contextmanager

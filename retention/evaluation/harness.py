@@ -5,7 +5,6 @@ as their papers have it; all of them and all their budgets share that reading, a
 `experiments.benchmark --suite=compression`). The others read in chunks, in bounded memory, and evict while they read: their prefill_seconds hold both.
 """
 
-import csv
 import dataclasses
 import hashlib
 import itertools
@@ -25,7 +24,7 @@ from retention.evaluation import plots, prose, tasks
 from retention.generation import Rows
 from retention.model import Model
 from retention.names import check_name
-from retention.runs import RunFolder
+from retention.runs import RunFolder, write_table
 from retention.training import text
 from retention.training.documents import END
 
@@ -125,10 +124,7 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
     for record in records:
         by_cell[Cell(**record["cell"])].append(record)
     rows = [summarise(config, cell, own) for cell, own in by_cell.items()]
-    with open(run.path / "results.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(run.path / "results.csv", rows)
     plots.plot_results(rows, records, run.path)
     run.finish(seed=config.seed)
     return rows
@@ -260,8 +256,7 @@ class Asking:
             if turns:  # an answer that was cut off is ended first, as a turn must be
                 asked = [question if end else END + question for question, end in zip(asked, ended, strict=True)]
             going.append([tokenizer.encode(question, bos=False) if question else [] for question in asked])
-            tokens = np.concatenate(list(going.decode(config.max_new_tokens, 0.0, 1.0, config.seed, tokenizer.eos_ids)), axis=1)
-            answers = [[int(token) for token in row if token >= 0] for row in tokens]
+            answers = going.decode_all(config.max_new_tokens, 0.0, 1.0, config.seed, tokenizer.eos_ids)
             ended = [answer[-1] in tokenizer.eos_ids for answer in answers]
             yield list(zip(answers, cache_lib.kept_entries(going.cache).tolist(), strict=True))
 

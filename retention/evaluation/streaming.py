@@ -31,7 +31,7 @@ def tell(model: Model, prompts: Sequence[Sequence[int]], tokens: int, temperatur
     """[B, tokens]: what the model says with its full cache. It is not let end, so that every stream is as long as the others."""
     rows = Rows(model, len(prompts), None)
     rows.append(prompts)
-    return np.concatenate(list(rows.decode(tokens, temperature, 1.0, seed, ())), axis=1)
+    return np.array(rows.decode_all(tokens, temperature, 1.0, seed, ()))
 
 
 def follow(caches: Mapping[str, Rows], stream: np.ndarray, piece: int) -> Iterator[tuple[int, str, np.ndarray, np.ndarray | None]]:
@@ -51,6 +51,5 @@ def remembered(rows: Rows, samples: Sequence[needles.Sample], max_new_tokens: in
     """Whether each of the rows answers its sample's question."""
     tokenizer = rows.model.tokenizer
     rows.append([tokenizer.encode(sample.questions[0], bos=False) for sample in samples])
-    tokens = np.concatenate(list(rows.decode(max_new_tokens, 0.0, 1.0, 0, tokenizer.eos_ids)), axis=1)
-    said = (tokenizer.decode([int(token) for token in row if token >= 0]) for row in tokens)
+    said = map(tokenizer.decode, rows.decode_all(max_new_tokens, 0.0, 1.0, 0, tokenizer.eos_ids))
     return [needles.correct("needle", sample.answers[0], one) for sample, one in zip(samples, said, strict=True)]

@@ -60,18 +60,22 @@ def step_flops(config: Config, gate: GateConfig, remat: bool, tokens: float, pai
     return config.layers * layer + 3 * 2 * config.embed_dim * config.vocab_size * compared
 
 
+def device_bytes(name: str) -> list[int]:
+    """This entry of the memory statistics of the process's devices; of those that keep it."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return [entry[name] for entry in stats if name in entry]
+
+
 def peak_memory_bytes() -> int:
     """The most that a device of this process has held; where devices do not say (CPU), the most that the process has."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    if peaks := [entry["peak_bytes_in_use"] for entry in stats if "peak_bytes_in_use" in entry]:
+    if peaks := device_bytes("peak_bytes_in_use"):
         return max(peaks)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def forget_peak() -> int:
     """Lets `peak_memory_bytes` begin again and returns what is held now. Only Linux's processes can; a device keeps its peak."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    if held := [entry["bytes_in_use"] for entry in stats if "bytes_in_use" in entry]:
+    if held := device_bytes("bytes_in_use"):
         return max(held)
     if sys.platform == "linux":
         pathlib.Path("/proc/self/clear_refs").write_text("5")

@@ -178,6 +178,8 @@ class Scripted:
         assert temperature == 0
         yield from np.split(self.replies.pop(0), [2], axis=1)
 
+    decode_all = generation.Rows.decode_all
+
 
 def test_turns_follow_each_other_and_other_questions_do_not(folder, model, monkeypatch):
     """An answer that was cut off is ended by the harness; the sample with fewer questions is asked nothing."""
