@@ -2,6 +2,7 @@
 
 METHOD: `local` is TRIM-KV's gate (arXiv 2512.03324): a trunk and a readout per layer. `global` is DBTrimKV's (arXiv 2605.09649): a deeper trunk per
 layer and ONE readout shared by all layers, which puts every layer's scores on one scale, so that entries of all layers may compete for one budget.
+`linear` is both papers' ablation: no trunk at all, entries of all layers competing.
 """
 
 import dataclasses
@@ -17,9 +18,9 @@ from retention.model import Config
 class GateConfig:
     """A gate's shape and what it was trained for.
 
-    kind: "global" or "local". width: of the trunk; 512 suits E >= 2048. tie_heads (global): one readout row for all kv heads, as the paper's text has
-    it; the default, one row per head index, is what the authors' code does. bias: the readout's start; +18 starts as the full cache
-    (beta = 1 - 1.5e-8). sinks: leading positions that training kept for ever; the policy protects as many by default.
+    kind: "global", "local" or "linear". width: of the trunk, which "linear" has not; 512 suits E >= 2048. tie_heads (global): one readout row for all
+    kv heads, as the paper's text has it; the default, one row per head index, is what the authors' code does. bias: the readout's start; +18 starts
+    as the full cache (beta = 1 - 1.5e-8). sinks: leading positions that training kept for ever; the policy protects as many by default.
     """
 
     kind: str = "global"
@@ -29,10 +30,10 @@ class GateConfig:
     sinks: int = 0
 
     def __post_init__(self):
-        if self.kind not in ("global", "local"):
-            raise ValueError(f"gate kind must be 'global' or 'local', got {self.kind!r}")
-        if self.kind == "local" and self.tie_heads:
-            raise ValueError("tie_heads belongs to the global gate; a local gate has a readout per layer and head")
+        if self.kind not in ("global", "local", "linear"):
+            raise ValueError(f"gate kind must be 'global', 'local' or 'linear', got {self.kind!r}")
+        if self.kind != "global" and self.tie_heads:
+            raise ValueError(f"tie_heads belongs to the global gate; a {self.kind} gate has a readout per layer and head")
         for name, least in (("width", 1), ("sinks", 0)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise ValueError(f"gate {name} must be a whole number of at least {least}, got {getattr(self, name)!r}")
@@ -41,7 +42,8 @@ class GateConfig:
 class Gates(nnx.Module):
     """The gates of all layers, float32, every array stacked over L but the global gate's shared readout.
 
-    w1 [L,E,R], b1 [L,R]; global only: w2 [L,R,R], b2 [L,R]; readout [R,H] ([R,1] tied; [L,R,H] local), bias [H] ([1]; [L,H]).
+    w1 [L,E,R], b1 [L,R], not in a linear gate; global only: w2 [L,R,R], b2 [L,R]; readout [R,H] ([R,1] tied; [L,R,H] local; [L,E,H] linear), bias [H]
+    ([1] tied; [L,H] local and linear).
 
     input_rms: [L] root mean square of each layer's gate input. Given, the trunk starts at unit scale in every layer, which small models need (their
     inputs range over a factor of ten); left out, weights start at the papers' N(0, 0.02).
@@ -54,16 +56,17 @@ class Gates(nnx.Module):
         def normal(*shape, std=0.02):
             return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
 
-        first = 0.02 if input_rms is None else 1 / (config.embed_dim**0.5 * input_rms[:, None, None])
-        self.w1 = normal(layers, config.embed_dim, width, std=first)
-        self.b1 = nnx.Param(jnp.zeros((layers, width)))
+        if gate.kind != "linear":
+            first = 0.02 if input_rms is None else 1 / (config.embed_dim**0.5 * input_rms[:, None, None])
+            self.w1 = normal(layers, config.embed_dim, width, std=first)
+            self.b1 = nnx.Param(jnp.zeros((layers, width)))
         if gate.kind == "global":
             self.w2 = normal(layers, width, width, std=0.02 if input_rms is None else 1.5 / width**0.5)
             self.b2 = nnx.Param(jnp.zeros((layers, width)))
             self.readout = normal(width, heads)
             self.bias = nnx.Param(jnp.full((heads,), gate.bias))
         else:
-            self.readout = normal(layers, width, heads)
+            self.readout = normal(layers, config.embed_dim if gate.kind == "linear" else width, heads)
             self.bias = nnx.Param(jnp.full((layers, heads), gate.bias))
 
 
@@ -80,7 +83,9 @@ def per_layer(params: dict, config: Config, gate: GateConfig) -> dict:
 
 def log_beta(layer: dict, h: jax.Array, kv_heads: int) -> jax.Array:
     """h [B,T,E] -> log beta [B,T,H] float32 <= 0, through one layer's slice of `per_layer`. METHOD section 2."""
-    hidden = jax.nn.silu(h.astype(jnp.float32) @ layer["w1"] + layer["b1"])
+    hidden = h.astype(jnp.float32)
+    if "w1" in layer:
+        hidden = jax.nn.silu(hidden @ layer["w1"] + layer["b1"])
     if "w2" in layer:
         hidden = jax.nn.silu(hidden @ layer["w2"] + layer["b2"])
     # float32 throughout: bfloat16 steps by 0.125 near the start at 18.

@@ -316,10 +316,10 @@ def padded(rows: Sequence[Sequence[int]], size: int) -> tuple[np.ndarray, np.nda
 
 def turn(model: Model) -> tuple[list[int], list[int]]:
     """The token ids between which the chat template puts a conversation's first turn. Without a template there are none."""
-    tokenizer, text = model.tokenizer, "context"
+    tokenizer = model.tokenizer
     if tokenizer is None or not tokenizer.chat_template:
         return [], []
-    opening, closing = tokenizer.chat([{"role": "user", "content": text}]).rsplit(text, 1)
+    opening, closing = tokenizer.turn()
     return tokenizer.encode(opening, bos=True), tokenizer.encode(closing, bos=False)
 
 

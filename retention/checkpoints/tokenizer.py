@@ -202,6 +202,12 @@ class Tokenizer:
         except jinja2.TemplateError as error:
             raise ValueError(f"the model's chat template does not take these messages: {error}") from error
 
+    def turn(self) -> tuple[str, str]:
+        """What `chat` puts before a conversation's first user message, and what between it and the answer. Raises ValueError as `chat`."""
+        message = "context"
+        opening, closing = self.chat([{"role": "user", "content": message}]).rsplit(message, 1)
+        return opening, closing
+
 
 class StreamDecoder:
     """Decodes ids that arrive one by one into pieces of text, whose sum is the text of all the ids.

@@ -1,6 +1,7 @@
 """What a training step tells: a record of numbers, how fast it was, and TensorBoard's copy of it."""
 
 import contextlib
+import itertools
 import os
 import pathlib
 import resource
@@ -53,8 +54,10 @@ def step_flops(config: Config, gate: GateConfig, remat: bool, tokens: float, pai
     """
     width = config.query_heads * config.head_dim
     projections = config.embed_dim * (2 * width + 2 * config.kv_heads * config.head_dim + 3 * config.mlp_dim)
-    trunk = config.embed_dim * gate.width + gate.width * (config.kv_heads + (gate.width if gate.kind == "global" else 0))
-    plain, attention, gated = 2 * projections * tokens, 4 * width * pairs, 2 * trunk * tokens
+    # The sizes between which the gate's matrices lead.
+    sizes = [config.embed_dim, *[gate.width] * {"global": 2, "local": 1, "linear": 0}[gate.kind], config.kv_heads]
+    weights = sum(a * b for a, b in itertools.pairwise(sizes))
+    plain, attention, gated = 2 * projections * tokens, 4 * width * pairs, 2 * weights * tokens
     students = 2 if remat else 1
     layer = (students + 2) * plain + (students + 3) * attention + (students + 2) * gated
     return config.layers * layer + 3 * 2 * config.embed_dim * config.vocab_size * compared

@@ -195,8 +195,8 @@ def make_step(config: Config, gate: gates_lib.GateConfig, optimizer: optax.Gradi
             loss.kl * per_answer + loss.other_kl * per_other,
             loss.ntp * per_answer,
         )
-        # Global gates compete in one pool of all streams, local ones each in its own.
-        capacity = capacity_loss(mass, positions, inside, budget, one_pool=gate.kind == "global")
+        # Local gates compete each in its own stream, all others in one pool.
+        capacity = capacity_loss(mass, positions, inside, budget, one_pool=gate.kind != "local")
         total = jnp.where(answers + others > 0, quality + loss.capacity * capacity, 0.0)
         by_layer = jnp.sum(jnp.where(inside[..., None], mass / (positions + 1)[..., None], 0.0), axis=(1, 2, 3)) / jnp.maximum(tokens * config.kv_heads, 1)
         kept = kept_share(jax.lax.stop_gradient(log_beta), distance, inside, budget * documents * config.streams)

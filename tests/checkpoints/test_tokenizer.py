@@ -148,6 +148,12 @@ def test_chat():
     assert SMALL.chat(MESSAGES) == expected + "<|im_start|>assistant\n"
 
 
+def test_a_turn_is_what_chat_puts_around_a_message():
+    opening, closing = SMALL.turn()
+    assert opening + "Hi" + closing == SMALL.chat([{"role": "user", "content": "Hi"}])
+    assert opening and closing.endswith("assistant\n")
+
+
 def with_template(template):
     return Tokenizer.from_gguf(metadata() | {"tokenizer.chat_template": template})
 

@@ -561,13 +561,13 @@ def test_tensorboard_has_the_records(monkeypatch, config, tmp_path):
         assert [values[f"retained_by_layer/0{layer}"] for layer in range(3)] == pytest.approx(record["retained_by_layer"])
 
 
-@pytest.mark.parametrize("kind", ["global", "local"])
+@pytest.mark.parametrize("kind", ["global", "local", "linear"])
 def test_step_flops_count_the_weights(folder, kind):
     """P and G of the formula are the sizes of the matrices there are."""
     model = checkpoints.load(folder, gates=None)
     gate = gates.GateConfig(kind, width=8)
     weights = sum(leaf.size for leaf in model.params["layers"].values() if leaf.ndim == 3)
-    trunk = sum(leaf.size for name, leaf in gates.init(model.config, gate).items() if name in ("w1", "w2") or kind == "local" and name == "readout")
+    trunk = sum(leaf.size for name, leaf in gates.init(model.config, gate).items() if name in ("w1", "w2") or kind != "global" and name == "readout")
     if kind == "global":  # its one readout runs in each layer
         trunk += 3 * 8 * 2
     assert step_flops(model.config, gate, False, 1, 0, 0) == 3 * 2 * weights + 3 * 2 * trunk

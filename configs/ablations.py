@@ -1,0 +1,35 @@
+"""What the gates owe to each part of their training: the first stage, shortened, with one thing changed at a time.
+
+    python -m experiments.ablate --config=configs/ablations.py --workdir=runs/ablations \
+      --config.train.data.text='texts/*.txt' --config.evaluate.text='heldout/*.txt'
+
+All variants take the same steps over the same documents. Some 20 minutes a variant and seed on 2 CPU cores.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import eval_needles, smollm2_135m
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.train = smollm2_135m.get_config("short")
+    config.train.steps = 200
+    config.seeds = (0, 1, 2)
+    # What each variant changes of `train`.
+    config.variants = ConfigDict()
+    config.variants.baseline = ConfigDict()
+    config.variants.local = ConfigDict({"gate": {"kind": "local"}})
+    config.variants.linear = ConfigDict({"gate": {"kind": "linear"}})
+    config.variants.no_capacity = ConfigDict({"loss": {"capacity": 0.0}})
+    config.variants.no_kl = ConfigDict({"loss": {"kl": 0.0, "other_kl": 0.0}})
+    config.variants.no_ntp = ConfigDict({"loss": {"ntp": 0.0}})
+    config.variants.bias_0 = ConfigDict({"gate": {"bias": 0.0}})
+    config.variants.tie_heads = ConfigDict({"gate": {"tie_heads": True}})
+    # Each with the gates that a variant has come to; local ones under the budget of a stream that they were trained for.
+    config.evaluate = eval_needles.get_config()
+    config.evaluate.tasks = ("needle", "prose")
+    config.evaluate.lengths = (1024,)
+    config.evaluate.policies = ("retention",)
+    config.evaluate.budgets = (0.125, 0.0625)
+    return config
