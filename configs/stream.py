@@ -4,7 +4,7 @@
     python -m experiments.stream --config=configs/stream.py:prose --workdir=runs/stream --config.text='heldout/*.txt'
 
 story: the model is told a number, tells a story of 1,536 tokens with its full cache, and is asked for the number; the policies follow the same tokens. About
-20 minutes on 2 CPU cores. prose: 16,384 tokens of text, twice as many as SmolLM2 was trained for. About an hour.
+half an hour on 2 CPU cores. prose: 16,384 tokens of text, twice as many as SmolLM2 was trained for. About an hour.
 """
 
 from ml_collections import ConfigDict
