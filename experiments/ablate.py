@@ -22,11 +22,11 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def gates_and_scores(config: ConfigDict, variant: str, seed: int, folder: pathlib.Path) -> list[dict]:
     """The evaluation's table for one variant's gates of one seed."""
-    training = ConfigDict(config.train)
+    training = config.train.copy_and_resolve_references()
     training.update(config.variants[variant])
     training.seed = seed
     train(training, folder)
-    evaluation = ConfigDict(config.evaluate)
+    evaluation = config.evaluate.copy_and_resolve_references()
     evaluation.gates = str(folder / "gates.safetensors")
     evaluation.scopes = ("head",) if training.gate.kind == "local" else ()
     return evaluate(evaluation, folder / "evaluation")
