@@ -2,7 +2,7 @@
 
 METHOD: `local` is TRIM-KV's gate (arXiv 2512.03324): a trunk and a readout per layer. `global` is DBTrimKV's (arXiv 2605.09649): a deeper trunk per
 layer and ONE readout shared by all layers, which puts every layer's scores on one scale, so that entries of all layers may compete for one budget.
-`linear` is both papers' ablation: no trunk at all, entries of all layers competing.
+`linear` is what METHOD says a trunk beats, for ablations: a readout per layer and no trunk, entries of all layers competing.
 """
 
 import dataclasses

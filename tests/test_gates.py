@@ -72,10 +72,10 @@ def test_shapes_and_start(name, shapes):
     assert {name: leaf.shape for name, leaf in params.items()} == shapes
     assert {leaf.dtype for leaf in params.values()} == {np.dtype("float32")}
     assert (params["bias"] == 18).all() and all((params[name] == 0).all() for name in ("b1", "b2") if name in params)
+    other = gates.init(CONFIG, KINDS[name], seed=1)
     for weight in {"w1", "w2", "readout"} & params.keys():
         np.testing.assert_allclose(params[weight].std(), 0.02, rtol=0.3)
-    other = gates.init(CONFIG, KINDS[name], seed=1)
-    assert not np.array_equal(params["readout"], other["readout"])
+        assert not np.array_equal(params[weight], other[weight])
 
 
 def test_given_the_inputs_rms_every_layer_starts_at_unit_scale():
@@ -108,7 +108,8 @@ def test_a_bias_of_18_starts_as_the_full_cache(gate, dtype):
     for arrays in slices(gates.init(CONFIG, gate), gate):
         np.testing.assert_allclose(gates.log_beta(arrays, jnp.zeros((1, 1, E), dtype), H), -1.523e-8, rtol=1e-3)
         near = gates.log_beta(arrays, jax.random.normal(jax.random.key(0), (1, 50, E)).astype(dtype), H)
-        assert ((near < -1e-8) & (near > -2.3e-8)).all()
+        least, most = (1e-8, 2.3e-8) if gate.kind == "linear" else (1.3e-8, 1.8e-8)  # without a trunk the readout sees inputs of unit scale
+        assert ((near < -least) & (near > -most)).all()
         assert len(np.unique(near)) > 1, "the gates see their input from the start"
 
 
