@@ -17,7 +17,7 @@ PROMPT = flags.DEFINE_string("prompt", None, "The text to continue, or with --ch
 CONTEXT = flags.DEFINE_string("context", None, "A text file to read before the prompt.")
 CHAT = flags.DEFINE_bool("chat", False, "Put the prompt into the model's chat template.")
 BUDGET = flags.DEFINE_string("budget", "256", "Tokens per stream (256), a fraction of the first text (0.125), or 'none' for the full cache.")
-POLICY = flags.DEFINE_string("policy", "retention", f"One of {', '.join(retention.policies.names())}.")
+POLICY = flags.DEFINE_string("policy", "retention", f"One of {', '.join(retention.policies.names())}; options behind a colon, as in retention:floor=16.")
 SCOPE = flags.DEFINE_enum("scope", None, SCOPES, "What competes for what; unset: as the policy has it.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "At most so many tokens.")
 PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 256, "Tokens between evictions; 0: one-shot prefill.")

@@ -450,8 +450,8 @@ def generate(
       prompts: texts, raw unless `chat`, which puts each into the model's chat template as a user's turn.
       budget: M, tokens per stream on average (int); a fraction in (0, 1] of each prompt's tokens (float); None: the full cache. As many tokens as
         the model was trained for, or more, are the full cache too.
-      policy: a name of retention.policies.names(), or a Policy; "full" never evicts. scope: what competes for the budget, "global", "layer", "head" or
-        "shared"; None: the policy's own, which of retention is "global".
+      policy: a name of retention.policies.names(), options behind a colon ("retention:floor=16"), or a Policy; "full" never evicts.
+      scope: what competes for the budget, "global", "layer", "head" or "shared"; None: the policy's own, which of retention is "global".
       prefill_chunk: tokens between evictions, in prefill and in decoding; None: one-shot prefill, then one eviction.
       sinks, window: protected first and newest positions; None: the policy's own.
       temperature: 0 is greedy. top_p: sampling keeps the fewest tokens that hold this probability.

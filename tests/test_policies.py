@@ -133,6 +133,17 @@ def test_registry(monkeypatch):
     assert policies.get("mine") is mine
 
 
+def test_options_of_a_name():
+    """Arguments of the policy's own function, defaults for the rest; the same policy each time, as it is what programs are compiled for."""
+    policy = policies.get("retention:lookahead=7,floor=3")
+    assert policy.floor == 3 and policy.score.keywords == {"lookahead": 7}
+    assert policies.get("retention:lookahead=7,floor=3") is policy and policies.get("retention") is policies.get("retention")
+    assert policies.get("infokv:alpha=1").window == policies.get("infokv").window
+    theirs = policies.pyramidkv.policy(kvpress=True).layer_budgets(np.array([256]), np.array([1024]), 4)
+    np.testing.assert_array_equal(policies.get("pyramidkv:kvpress=True").layer_budgets(np.array([256]), np.array([1024]), 4), theirs)
+    assert not np.array_equal(policies.get("pyramidkv").layer_budgets(np.array([256]), np.array([1024]), 4), theirs)
+
+
 @pytest.mark.parametrize(
     "name, message",
     [
@@ -140,6 +151,14 @@ def test_registry(monkeypatch):
         ("windows", "did you mean window\\?"),
         ("xyz", "unknown policy 'xyz': known are ada_snapkv, "),
         ("", "unknown policy '': known are ada_snapkv, "),
+        (":floor=1", "unknown policy '': known are ada_snapkv, "),
+        ("retention:flor=1", "unknown option of policy 'retention' 'flor': did you mean floor\\? known are lookahead, floor"),
+        ("retention:floor", "option 'floor' of policy 'retention' must be of its default's kind, as in floor=0, got ''"),
+        ("retention:floor=0.5", "as in floor=0, got '0.5'"),
+        ("retention:lookahead=2,floor=many", "as in floor=0, got 'many'"),
+        ("retention:lookahead=0", "lookahead must be at least 1 token, got 0"),
+        ("full:floor=1", "policy 'full' has no options, got 'floor=1'"),
+        ("tova:window=1", "policy 'tova' has no options, got 'window=1'"),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(name, message):

@@ -5,7 +5,13 @@ A new policy is a `score` function and one line:
     retention.policies.register("oldest", Policy(score=lambda stat, position, seen: -1.0 * position))
 
 It then runs under every name, flag and config that takes a policy, and in the tests' matrix. What the others need of the model, see `Policy`.
+A name may say options behind a colon, arguments of that policy's own function: "retention:floor=16", "snapkv:window=16,kernel=5".
 """
+
+import ast
+import functools
+import inspect
+from collections.abc import Callable
 
 from retention.names import check_name
 from retention.policies import (
@@ -30,11 +36,14 @@ from retention.policies.base import Policy, Streams, Written
 
 __all__ = ["Policy", "Streams", "Written", "get", "names", "register"]
 
-_REGISTRY: dict[str, Policy] = {}
+_REGISTRY: dict[str, Policy | Callable[..., Policy]] = {}
 
 
-def register(name: str, policy: Policy) -> None:
-    """Makes `policy` known as `name` to generate, Session and the programs. Raises ValueError if the name is taken."""
+def register(name: str, policy: Policy | Callable[..., Policy]) -> None:
+    """Makes `policy`, or what makes it of options that all have defaults, known as `name` to generate, Session and the programs.
+
+    Raises ValueError if the name is taken.
+    """
     if name in _REGISTRY:
         raise ValueError(f"policy {name!r} is registered already; choose another name")
     _REGISTRY[name] = policy
@@ -46,27 +55,52 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Policy:
-    """The registered policy. Raises ValueError, with the nearest names, for an unknown one."""
-    check_name("policy", name, names())
-    return _REGISTRY[name]
+    """The registered policy, as the options behind its name make it.
+
+    Raises ValueError, with the nearest names, for an unknown name or option, and for a value of another kind than its default.
+    """
+    base, _, options = name.partition(":")
+    check_name("policy", base, names())
+    return _made(base, _REGISTRY[base], options)
+
+
+# Once for each: programs are compiled for the very policy that they are given.
+@functools.cache
+def _made(name: str, registered: Policy | Callable[..., Policy], options: str) -> Policy:
+    known = {} if isinstance(registered, Policy) else inspect.signature(registered).parameters
+    if options and not known:
+        raise ValueError(f"policy {name!r} has no options, got {options!r}")
+    arguments = {}
+    for one in options.split(",") if options else ():
+        option, _, text = one.partition("=")
+        check_name(f"option of policy {name!r}", option, known)
+        default = known[option].default
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = None
+        if type(value) is not type(default) and (type(value), type(default)) != (int, float):
+            raise ValueError(f"option {option!r} of policy {name!r} must be of its default's kind, as in {option}={default!r}, got {text!r}")
+        arguments[option] = value
+    return registered if isinstance(registered, Policy) else registered(**arguments)
 
 
 register("full", Policy(score=None))
-register("random", random.policy())
-register("window", window.policy())
-register("h2o", h2o.policy())
-register("tova", tova.policy())
-register("snapkv", snapkv.policy())
-register("pyramidkv", pyramidkv.policy())
-register("ada_snapkv", ada_snapkv.policy())
-register("knorm", knorm.policy())
-register("keydiff", keydiff.policy())
-register("expected_attention", expected_attention.policy())
-register("lagkv", lagkv.policy())
-register("rkv", rkv.policy())
-register("kvzip", kvzip.policy())
-register("epikv_flat", epikv.flat_policy())
-register("epikv_band", epikv.band_policy())
-register("epikv_seg", epikv.segment_policy())
-register("infokv", infokv.policy())
-register("retention", retention.policy())
+register("random", random.policy)
+register("window", window.policy)
+register("h2o", h2o.policy)
+register("tova", tova.policy)
+register("snapkv", snapkv.policy)
+register("pyramidkv", pyramidkv.policy)
+register("ada_snapkv", ada_snapkv.policy)
+register("knorm", knorm.policy)
+register("keydiff", keydiff.policy)
+register("expected_attention", expected_attention.policy)
+register("lagkv", lagkv.policy)
+register("rkv", rkv.policy)
+register("kvzip", kvzip.policy)
+register("epikv_flat", epikv.flat_policy)
+register("epikv_band", epikv.band_policy)
+register("epikv_seg", epikv.segment_policy)
+register("infokv", infokv.policy)
+register("retention", retention.policy)
