@@ -34,5 +34,7 @@ def get_config() -> ConfigDict:
     config.evaluate.tasks = ("needle", "prose")
     config.evaluate.lengths = (1024,)
     config.evaluate.policies = ("retention",)
+    config.evaluate.baselines = False  # they are the same for all variants
+    config.evaluate.batch_size = 16
     config.evaluate.budgets = (0.125, 0.0625)
     return config

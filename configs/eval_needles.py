@@ -22,7 +22,8 @@ def get_config() -> ConfigDict:
     config.lengths = (1024, 4096)
     config.samples = 32
     config.batch_size = 8  # sequences that run together
-    config.policies = ("retention", "window", "random")  # the full cache and the window are always there
+    config.policies = ("retention", "window", "random")
+    config.baselines = True  # the full cache and the window of the same memory, whatever the policies
     config.scopes = ()  # none: each policy's own
     config.budgets = (0.25, 0.125, 0.0625, 0.03125)  # fractions of the context's tokens, or tokens per stream
     config.prefill_chunk = 256

@@ -38,10 +38,9 @@ def main(_):
     for seed in config.seeds:
         for variant in config.variants:
             for row in gates_and_scores(config, variant, seed, run.path / f"{variant}-{seed}"):
-                if row["policy"] == "retention":
-                    cell = variant, row["task"], row["budget"]
-                    values.setdefault(cell, []).append(row["score" if "score" in row else "kl"])
-                    print(variant, seed, *cell[1:], values[cell][-1])
+                cell = variant, row["task"], row["budget"]
+                values.setdefault(cell, []).append(row["score" if "score" in row else "kl"])
+                print(variant, seed, *cell[1:], values[cell][-1])
             # As far as it has come: what is not finished may be hours away.
             write_table(run.path / "ablations.csv", [summary(*cell, measured) for cell, measured in values.items()])
     run.finish()

@@ -43,7 +43,7 @@ class Cell:
 
 
 def cells(config: ConfigDict) -> list[Cell]:
-    """For each task and length the full cache, then every policy under each of its scopes at every budget; "window", the baseline, among them.
+    """For each task and length every policy under each of its scopes at every budget; with config.baselines the full cache and "window" too.
 
     Raises ValueError for a name that is not known.
     """
@@ -53,12 +53,13 @@ def cells(config: ConfigDict) -> list[Cell]:
         policies.get(name)
     for scope in config.scopes:
         check_name("scope", scope, cache_lib.SCOPES)
-    named = dict.fromkeys((*(name for name in config.policies if name != "full"), "window"))
+    named = dict.fromkeys((*config.policies, *(("full", "window") if config.baselines else ())))
     table = []
     for task in config.tasks:
         for length in config.lengths if tasks.has_length(task) else (None,):
-            table.append(Cell(task, length, "full", "global", None))
-            for name in named:
+            if "full" in named:
+                table.append(Cell(task, length, "full", "global", None))
+            for name in (name for name in named if name != "full"):
                 scopes = config.scopes or (policies.get(name).scope,)
                 table += [Cell(task, length, name, scope, budget) for scope, budget in itertools.product(scopes, config.budgets)]
     return list(dict.fromkeys(table))

@@ -81,11 +81,13 @@ def test_the_last_batch_may_be_smaller(folder):
     assert harness.batches(config_of(folder, samples=5)) == [range(0, 2), range(2, 4), range(4, 5)]
 
 
-def test_the_full_cache_and_the_window_are_always_there(folder):
+def test_the_full_cache_and_the_window_are_there_unless_the_config_says_otherwise(folder):
     table = harness.cells(config_of(folder, lengths=(310, 620), budgets=(0.5, 0.25), scopes=("global", "layer"), policies=("full", "retention", "retention")))
     assert len(table) == len(set(table)) == 3 * 2 * (1 + 2 * 2 * 2)
     assert {cell.policy for cell in table} == {"full", "retention", "window"}
     assert sum(cell.policy == "full" for cell in table) == 3 * 2
+    bare = harness.cells(config_of(folder, lengths=(310,), policies=("retention",), baselines=False))
+    assert {cell.policy for cell in bare} == {"retention"} and set(bare) < set(harness.cells(config_of(folder, lengths=(310,), policies=("retention",))))
     own = harness.cells(config_of(folder, tasks=("gsm8k",), policies=policies.names()))
     assert all(cell.length is None and cell.scope == policies.get(cell.policy).scope for cell in own)
 
