@@ -1,6 +1,7 @@
 """A leaderboard from run folders: python -m experiments.report --runs=runs/leaderboard,runs/other --out=experiments/leaderboard.
 
-Writes leaderboard.md, a table for each model, task and length, and the runs that they come from, and leaderboard.png.
+Writes leaderboard.md, a table for each model, task and length, and the runs that they come from, leaderboard.png,
+and lengths.png if a task was run at several.
 """
 
 import csv
@@ -9,7 +10,7 @@ import pathlib
 
 from absl import app, flags
 
-from retention.evaluation.plots import plot_scores
+from retention.evaluation.plots import plot_lengths, plot_scores
 from retention.evaluation.report import leaderboard
 
 RUNS = flags.DEFINE_list("runs", None, "Run folders of experiments.evaluate, finished ones.")
@@ -31,6 +32,7 @@ def main(_):
     text, rows = leaderboard(runs)
     (out / "leaderboard.md").write_text(text)
     plot_scores(rows, out / "leaderboard.png")
+    plot_lengths(rows, out / "lengths.png")
     print(text)
 
 

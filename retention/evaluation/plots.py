@@ -36,8 +36,12 @@ def plot_kept(kept: Sequence[Sequence[np.ndarray]], tokens: int, path: str | pat
 
 
 def plot_results(rows: Sequence[dict], records: Sequence[dict], folder: pathlib.Path) -> None:
-    """accuracy.png, kept_by_head.png and kept_by_distance.png of an evaluation: its table's rows and its records, see harness.evaluate."""
+    """accuracy.png, lengths.png (if there are several), kept_by_head.png and kept_by_distance.png, of an evaluation's rows and records.
+
+    See harness.evaluate.
+    """
     plot_scores(rows, folder / "accuracy.png")
+    plot_lengths(rows, folder / "lengths.png")
     kept = [record for record in records if "kept_by_stream" in record and record["cell"]["policy"] != "full"]
     if kept:
         plot_heads(kept, folder / "kept_by_head.png")
@@ -74,12 +78,8 @@ def plot_scores(rows: Sequence[dict], path: pathlib.Path) -> None:
     for row in rows:
         lines.setdefault(f"{label(row)}, {row['run']}" if several else label(row), []).append(row)
     own = panels(rows)
-    columns = min(len(own), 3)
-    down = -(-len(own) // columns)
-    figure, axes = plt.subplots(down, columns, figsize=(1.5 + 5 * columns, 0.5 + 4.5 * down), squeeze=False, layout="constrained")
-    for axis in axes.flat[len(own) :]:
-        axis.set_axis_off()
-    for axis, panel in zip(axes.flat, own, strict=False):
+    figure, axes = grid(len(own))
+    for axis, panel in zip(axes, own, strict=True):
         measure = "score" if "score" in panel[0] else "kl"
         for number, (name, line) in enumerate(lines.items()):
             mine = sorted((row for row in line if title(row) == title(panel[0])), key=lambda row: row["budget"] or 0)
@@ -91,22 +91,73 @@ def plot_scores(rows: Sequence[dict], path: pathlib.Path) -> None:
             elif mine:
                 # Apart by a little, so that intervals do not cover each other.
                 x = np.array([row["budget"] for row in mine]) * (1 + 0.012 * (number - len(lines) / 2))
-                errors = [y - [row["low"] for row in mine], [row["high"] for row in mine] - y] if "low" in mine[0] else None
-                axis.errorbar(x, y, errors, marker="o", markersize=3, elinewidth=0.6, label=name, **style(name, number))
+                axis.errorbar(x, y, errors(mine), marker="o", markersize=3, elinewidth=0.6, label=name, **style(name, number))
         budgets = sorted({row["budget"] for row in panel if row["budget"] is not None})
         axis.set_xscale("log", base=2)
         axis.set_xticks(budgets, [f"{budget:.4g}" for budget in budgets])
         axis.set(xlabel="budget", ylabel=measure)
         axis.set_title(title(panel[0]), fontsize=9, wrap=True)
-    handles = {name: handle for axis in axes.flat for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    close_with_legend(figure, path)
+
+
+def plot_lengths(rows: Sequence[dict], path: pathlib.Path) -> None:
+    """A panel a task and budget: score (of prose KL) against the context's length, a line a policy and scope with 95 % intervals, the full cache in each.
+
+    Of tasks that rows have at several lengths; without one there is no picture.
+    """
+    tasks: dict[str, list[dict]] = {}
+    for row in rows:
+        tasks.setdefault(title({**row, "length": None}), []).append(row)
+    own = [(name, budget) for name, task in tasks.items() if len({row["length"] for row in task}) > 1
+           for budget in sorted({row["budget"] for row in task if row["budget"] is not None}, reverse=True)]  # fmt: skip
+    if not own:
+        return
+    figure, axes = grid(len(own))
+    for axis, (name, budget) in zip(axes, own, strict=True):
+        lines: dict[str, list[dict]] = {}
+        for row in sorted(tasks[name], key=lambda row: row["length"]):
+            if row["budget"] in (budget, None):
+                lines.setdefault(label(row), []).append(row)
+        measure = "score" if "score" in tasks[name][0] else "kl"
+        for number, (policy, line) in enumerate(lines.items()):
+            x = np.array([row["length"] for row in line]) * (1 + 0.012 * (number - len(lines) / 2))
+            axis.errorbar(x, [row[measure] for row in line], errors(line), marker="o", markersize=3, elinewidth=0.6, label=policy, **style(policy, number))
+        lengths = sorted({row["length"] for row in tasks[name]})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [str(length) for length in lengths])
+        axis.set(xlabel="tokens of context", ylabel=measure)
+        axis.set_title(f"{name}, budget {budget:.4g}", fontsize=9, wrap=True)
+    close_with_legend(figure, path)
+
+
+def grid(panels: int) -> tuple:
+    """A figure and the axes of so many panels, up to three side by side."""
+    columns = min(panels, 3)
+    down = -(-panels // columns)
+    figure, axes = plt.subplots(down, columns, figsize=(1.5 + 5 * columns, 0.5 + 4.5 * down), squeeze=False, layout="constrained")
+    for axis in axes.flat[panels:]:
+        axis.set_axis_off()
+    return figure, axes.flat[:panels]
+
+
+def errors(rows: Sequence[dict]) -> np.ndarray | None:
+    """Below and above the scores of a line, their 95 % intervals; None for what has none."""
+    return np.array([[row["score"] - row["low"], row["high"] - row["score"]] for row in rows]).T if "low" in rows[0] else None
+
+
+def close_with_legend(figure, path: pathlib.Path) -> None:
+    """Writes the figure with one legend for all its panels."""
+    handles = {name: handle for axis in figure.axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), fontsize=7, loc="outside right center")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
 def style(name: str, number: int) -> dict:
-    """The learned policy stands out."""
-    if name.startswith("retention"):
+    """The learned policy stands out, and the full cache stays behind."""
+    if name.split()[0] == "full":
+        return dict(color="0.3", linestyle="--", linewidth=1)
+    if name.split()[0] == "retention":
         return dict(linewidth=2.5, color="tab:red", zorder=3)
     others = plt.cm.tab20.colors[:6] + plt.cm.tab20.colors[7:]  # without that red
     return dict(linewidth=1, color=others[number % len(others)])
@@ -175,9 +226,9 @@ def plot_streams(rows: Sequence[dict], path: pathlib.Path) -> None:
         for axis, measure in zip(axes[:, column], ("loss", "kl"), strict=True):
             for number, policy in enumerate(["full", *policies]):
                 own = [row for row in rows if row["policy"] == policy and row["budget"] in (budget, None)]
-                look = dict(color="0.3", linestyle="--", linewidth=1) if policy == "full" else style(policy, number)
                 if policy != "full" or measure == "loss":
-                    axis.plot([(row["from"] + row["to"]) / 2 for row in own], [row[measure] for row in own], marker="o", markersize=3, label=policy, **look)
+                    middle = [(row["from"] + row["to"]) / 2 for row in own]
+                    axis.plot(middle, [row[measure] for row in own], marker="o", markersize=3, label=policy, **style(policy, number))
             axis.set_ylabel({"loss": "next-token loss, nats", "kl": "KL to the full cache, nats"}[measure])
         axes[0, column].set_title(f"{budget} tokens per stream", fontsize=9)
         axes[1, column].set(xlabel="token of the stream", yscale="log")
