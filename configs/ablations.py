@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
     # Budgets in training around one of those that the evaluation uses, or above both, in place of 3 to 25 %.
     config.variants.budgets_6 = ConfigDict({"loss": {"budget_low": 0.05, "budget_high": 0.075}})
     config.variants.budgets_25 = ConfigDict({"loss": {"budget_low": 0.2, "budget_high": 0.25}})
+    config.order = ("baseline", "local", "no_capacity", "no_kl", "no_ntp", "linear", "bias_0", "tie_heads", "budgets_6", "budgets_25")  # those to run
     # Each with the gates that a variant has come to; local ones under the budget of a stream that they were trained for.
     config.evaluate = eval_needles.get_config()
     config.evaluate.tasks = ("needle", "prose")

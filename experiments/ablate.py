@@ -1,9 +1,11 @@
 """Trains gates with one thing changed at a time and evaluates them: python -m experiments.ablate --config=configs/ablations.py --workdir=runs/ablations
 
 One seed of all variants after another. Writes VARIANT-SEED/, a training's run folder, with evaluation/ in it, and ablations.csv: each variant's mean and spread
-over its seeds. What is finished is not done again.
+over the seeds that the folder holds. What is finished is not done again, and other variants and seeds may follow in the same folder:
+--config.order="('baseline', 'local')" --config.seeds="(1, 2)".
 """
 
+import csv
 import pathlib
 
 import numpy as np
@@ -11,6 +13,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from retention.evaluation.harness import evaluate
+from retention.names import check_name
 from retention.runs import RunFolder, write_table
 from retention.training.loop import train
 
@@ -34,16 +37,27 @@ def gates_and_scores(config: ConfigDict, variant: str, seed: int, folder: pathli
 
 def main(_):
     config = CONFIG.value
-    run, values = RunFolder(WORKDIR.value, config), {}
+    for variant in config.order:
+        check_name("variant", variant, sorted(config.variants))
+    run = RunFolder(WORKDIR.value, config)
     for seed in config.seeds:
-        for variant in config.variants:
+        for variant in config.order:
             for row in gates_and_scores(config, variant, seed, run.path / f"{variant}-{seed}"):
-                cell = variant, row["task"], row["budget"]
-                values.setdefault(cell, []).append(row["score" if "score" in row else "kl"])
-                print(variant, seed, *cell[1:], values[cell][-1])
+                print(variant, seed, row["task"], row["budget"], row["score" if "score" in row else "kl"])
             # As far as it has come: what is not finished may be hours away.
-            write_table(run.path / "ablations.csv", [summary(*cell, measured) for cell, measured in values.items()])
+            write_table(run.path / "ablations.csv", table(run.path))
     run.finish()
+
+
+def table(folder: pathlib.Path) -> list[dict]:
+    """Mean and spread over its seeds of each variant that has been evaluated in the run folder, by this command or another."""
+    values: dict[tuple, list[float]] = {}
+    for file in sorted(folder.glob("*/evaluation/results.csv")):
+        variant = file.parent.parent.name.rpartition("-")[0]
+        with open(file, newline="") as opened:
+            for row in csv.DictReader(opened):
+                values.setdefault((variant, row["task"], float(row["budget"])), []).append(float(row.get("score") or row["kl"]))
+    return [summary(*cell, measured) for cell, measured in values.items()]
 
 
 def summary(variant: str, task: str, budget: float, measured: list[float]) -> dict:
