@@ -124,7 +124,7 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
     by_cell: dict[Cell, list[dict]] = {cell: [] for cell in table}
     for record in records:
         by_cell[Cell(**record["cell"])].append(record)
-    rows = [summarise(config, cell, own) for cell, own in by_cell.items()]
+    rows = [summarise(config, cell, own, by_cell.get(Cell(cell.task, cell.length, "full", "global", None))) for cell, own in by_cell.items()]
     write_table(run.path / "results.csv", rows)
     plots.plot_results(rows, records, run.path)
     run.finish(seed=config.seed)
@@ -290,10 +290,19 @@ def prose_task(config: ConfigDict, model: Model, texts: list[str], task: str, le
     return Prose(Reader(config, model), prose.windows(tokens, length, config.continuation, config.samples, config.seed))
 
 
-def summarise(config: ConfigDict, cell: Cell, records: list[dict]) -> dict:
+def by_sample(records: list[dict]) -> dict[int, float]:
+    """Each sample's mean score over its questions."""
+    scores: dict[int, list[float]] = {}
+    for record in records:
+        scores.setdefault(record["sample"], []).append(record["score"])
+    return {sample: float(np.mean(own)) for sample, own in scores.items()}
+
+
+def summarise(config: ConfigDict, cell: Cell, records: list[dict], full: list[dict] | None) -> dict:
     """A row of the table: means over the records, and the scores' 95 % interval, in which several questions about one context count as one sample.
 
-    Seconds are means without the first batch's, which compiles, if there are others.
+    With the full cache's records of the same task also on how many samples the score is above and below the full cache's: of the same contexts
+    intervals that overlap may hide a difference that these pairs show. Seconds are means without the first batch's, which compiles, if there are others.
     """
     known = {"cell", "sample", "question", "questions", "prompt", "answer", "generated", "kept_by_stream", "kept_by_distance"}
     samples = len({record["sample"] for record in records})
@@ -309,4 +318,8 @@ def summarise(config: ConfigDict, cell: Cell, records: list[dict]) -> dict:
         row[name] = round(float(np.mean([record[name] for record in later or records])), 4)
     if "score" in row:
         row |= dict(zip(("low", "high"), (round(x, 4) for x in interval(row["score"], samples)), strict=True))
+        if full:
+            theirs = by_sample(full)
+            pairs = [(score, theirs[sample]) for sample, score in by_sample(records).items()]
+            row |= {"above_full": sum(own > whole for own, whole in pairs), "below_full": sum(own < whole for own, whole in pairs)}
     return row

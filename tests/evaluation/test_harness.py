@@ -306,6 +306,19 @@ def test_what_is_wrong_is_said_before_the_first_cell(folder, tmp_path, changes, 
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+def test_samples_are_paired_with_the_full_caches(folder):
+    """Three samples of two questions, in another order: one better, one worse, one that gains an answer and loses one."""
+    cell = harness.Cell("needle4", 310, "window", "global", 0.25)
+
+    def records(scores):
+        return [{"sample": sample, "question": i, "questions": 2, "score": score} for sample, pair in scores.items() for i, score in enumerate(pair)]
+
+    own, full = records({2: (1.0, 0.0), 0: (1.0, 1.0), 1: (0.0, 0.0)}), records({0: (1.0, 0.0), 1: (0.0, 1.0), 2: (0.0, 1.0)})
+    row = harness.summarise(config_of(folder), cell, own, full)
+    assert (row["above_full"], row["below_full"], row["score"]) == (1, 1, 0.5)
+    assert "above_full" not in harness.summarise(config_of(folder), cell, own, None), "where the full cache was not run there is nothing to pair"
+
+
 @pytest.mark.parametrize(
     "mean, count, low, high",
     # Newcombe, Statistics in Medicine 17 (1998), table I, method 3; the last two have closed forms: z2/(n+z2) from either end.
