@@ -36,7 +36,7 @@ from retention.policies.base import Policy, Streams, Written
 
 __all__ = ["Policy", "Streams", "Written", "get", "names", "register"]
 
-_REGISTRY: dict[str, Policy | Callable[..., Policy]] = {}
+_REGISTRY: dict[str, Callable[..., Policy]] = {}
 
 
 def register(name: str, policy: Policy | Callable[..., Policy]) -> None:
@@ -46,7 +46,7 @@ def register(name: str, policy: Policy | Callable[..., Policy]) -> None:
     """
     if name in _REGISTRY:
         raise ValueError(f"policy {name!r} is registered already; choose another name")
-    _REGISTRY[name] = policy
+    _REGISTRY[name] = (lambda: policy) if isinstance(policy, Policy) else policy
 
 
 def names() -> list[str]:
@@ -66,8 +66,8 @@ def get(name: str) -> Policy:
 
 # Once for each: programs are compiled for the very policy that they are given.
 @functools.cache
-def _made(name: str, registered: Policy | Callable[..., Policy], options: str) -> Policy:
-    known = {} if isinstance(registered, Policy) else inspect.signature(registered).parameters
+def _made(name: str, make: Callable[..., Policy], options: str) -> Policy:
+    known = inspect.signature(make).parameters
     if options and not known:
         raise ValueError(f"policy {name!r} has no options, got {options!r}")
     arguments = {}
@@ -82,7 +82,7 @@ def _made(name: str, registered: Policy | Callable[..., Policy], options: str) -
         if type(value) is not type(default) and (type(value), type(default)) != (int, float):
             raise ValueError(f"option {option!r} of policy {name!r} must be of its default's kind, as in {option}={default!r}, got {text!r}")
         arguments[option] = value
-    return registered if isinstance(registered, Policy) else registered(**arguments)
+    return make(**arguments)
 
 
 register("full", Policy(score=None))
