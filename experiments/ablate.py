@@ -13,6 +13,8 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from retention.evaluation.harness import evaluate
+from retention.evaluation.plots import measure_of
+from retention.evaluation.report import typed
 from retention.names import check_name
 from retention.runs import RunFolder, write_table
 from retention.training.loop import train
@@ -43,7 +45,7 @@ def main(_):
     for seed in config.seeds:
         for variant in config.order:
             for row in gates_and_scores(config, variant, seed, run.path / f"{variant}-{seed}"):
-                print(variant, seed, row["task"], row["budget"], row["score" if "score" in row else "kl"])
+                print(variant, seed, row["task"], row["budget"], row[measure_of(row)])
             # As far as it has come: what is not finished may be hours away.
             write_table(run.path / "ablations.csv", table(run.path))
     run.finish()
@@ -55,8 +57,8 @@ def table(folder: pathlib.Path) -> list[dict]:
     for file in sorted(folder.glob("*/evaluation/results.csv")):
         variant = file.parent.parent.name.rpartition("-")[0]
         with open(file, newline="") as opened:
-            for row in csv.DictReader(opened):
-                values.setdefault((variant, row["task"], float(row["budget"])), []).append(float(row.get("score") or row["kl"]))
+            for row in map(typed, csv.DictReader(opened)):
+                values.setdefault((variant, row["task"], row["budget"]), []).append(row[measure_of(row)])
     return [summary(*cell, measured) for cell, measured in values.items()]
 
 

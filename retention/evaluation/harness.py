@@ -42,6 +42,11 @@ class Cell:
     budget: float | int | None
 
 
+def full_cell(task: str, length: int | None) -> Cell:
+    """The full cache's, which the others of the same task and length are compared with."""
+    return Cell(task, length, "full", "global", None)
+
+
 def cells(config: ConfigDict) -> list[Cell]:
     """For each task and length every policy under each of its scopes at every budget; with config.baselines the full cache and "window" too.
 
@@ -58,7 +63,7 @@ def cells(config: ConfigDict) -> list[Cell]:
     for task in config.tasks:
         for length in config.lengths if tasks.has_length(task) else (None,):
             if "full" in named:
-                table.append(Cell(task, length, "full", "global", None))
+                table.append(full_cell(task, length))
             for name in (name for name in named if name != "full"):
                 scopes = config.scopes or (policies.get(name).scope,)
                 table += [Cell(task, length, name, scope, budget) for scope, budget in itertools.product(scopes, config.budgets)]
@@ -124,7 +129,7 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
     by_cell: dict[Cell, list[dict]] = {cell: [] for cell in table}
     for record in records:
         by_cell[Cell(**record["cell"])].append(record)
-    rows = [summarise(config, cell, own, by_cell.get(Cell(cell.task, cell.length, "full", "global", None))) for cell, own in by_cell.items()]
+    rows = [summarise(config, cell, own, by_cell.get(full_cell(cell.task, cell.length))) for cell, own in by_cell.items()]
     write_table(run.path / "results.csv", rows)
     plots.plot_results(rows, records, run.path)
     run.finish(seed=config.seed)

@@ -52,6 +52,11 @@ def label(cell: dict) -> str:
     return "full cache" if cell["policy"] == "full" else f"{cell['policy']} ({cell['scope']})"
 
 
+def measure_of(row: dict) -> str:
+    """What a row's task is judged by: "score", or "kl" of prose."""
+    return "score" if "score" in row else "kl"
+
+
 def panels(rows: Sequence[dict]) -> list[list[dict]]:
     """The rows of each panel or table: one model, where rows tell it, task and length, and the question known or not when the context is compressed."""
     found: dict[str, list[dict]] = {}
@@ -80,22 +85,18 @@ def plot_scores(rows: Sequence[dict], path: pathlib.Path) -> None:
     own = panels(rows)
     figure, axes = grid(len(own))
     for axis, panel in zip(axes, own, strict=True):
-        measure = "score" if "score" in panel[0] else "kl"
         for number, (name, line) in enumerate(lines.items()):
             mine = sorted((row for row in line if title(row) == title(panel[0])), key=lambda row: row["budget"] or 0)
-            y = np.array([row[measure] for row in mine])
             if mine and mine[0]["policy"] == "full":
-                axis.axhline(y[0], color="0.3", linestyle="--", linewidth=1, label=name)
+                axis.axhline(mine[0][measure_of(mine[0])], color="0.3", linestyle="--", linewidth=1, label=name)
                 if "low" in mine[0]:
                     axis.axhspan(mine[0]["low"], mine[0]["high"], color="0.3", alpha=0.08)
             elif mine:
-                # Apart by a little, so that intervals do not cover each other.
-                x = np.array([row["budget"] for row in mine]) * (1 + 0.012 * (number - len(lines) / 2))
-                axis.errorbar(x, y, errors(mine), marker="o", markersize=3, elinewidth=0.6, label=name, **style(name, number))
+                draw_line(axis, "budget", mine, name, number, len(lines))
         budgets = sorted({row["budget"] for row in panel if row["budget"] is not None})
         axis.set_xscale("log", base=2)
         axis.set_xticks(budgets, [f"{budget:.4g}" for budget in budgets])
-        axis.set(xlabel="budget", ylabel=measure)
+        axis.set(xlabel="budget", ylabel=measure_of(panel[0]))
         axis.set_title(title(panel[0]), fontsize=9, wrap=True)
     close_with_legend(figure, path)
 
@@ -118,14 +119,12 @@ def plot_lengths(rows: Sequence[dict], path: pathlib.Path) -> None:
         for row in sorted(tasks[name], key=lambda row: row["length"]):
             if row["budget"] in (budget, None):
                 lines.setdefault(label(row), []).append(row)
-        measure = "score" if "score" in tasks[name][0] else "kl"
         for number, (policy, line) in enumerate(lines.items()):
-            x = np.array([row["length"] for row in line]) * (1 + 0.012 * (number - len(lines) / 2))
-            axis.errorbar(x, [row[measure] for row in line], errors(line), marker="o", markersize=3, elinewidth=0.6, label=policy, **style(policy, number))
+            draw_line(axis, "length", line, policy, number, len(lines))
         lengths = sorted({row["length"] for row in tasks[name]})
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [str(length) for length in lengths])
-        axis.set(xlabel="tokens of context", ylabel=measure)
+        axis.set(xlabel="tokens of context", ylabel=measure_of(tasks[name][0]))
         axis.set_title(f"{name}, budget {budget:.4g}", fontsize=9, wrap=True)
     close_with_legend(figure, path)
 
@@ -140,9 +139,13 @@ def grid(panels: int) -> tuple:
     return figure, axes.flat[:panels]
 
 
-def errors(rows: Sequence[dict]) -> np.ndarray | None:
-    """Below and above the scores of a line, their 95 % intervals; None for what has none."""
-    return np.array([[row["score"] - row["low"], row["high"] - row["score"]] for row in rows]).T if "low" in rows[0] else None
+def draw_line(axis, at: str, rows: Sequence[dict], name: str, number: int, count: int) -> None:
+    """Line `number` of `count`: what the rows measure, with 95 % intervals if they have some, against their budget or length, whichever `at` names."""
+    y = np.array([row[measure_of(row)] for row in rows])
+    # Apart by a little, so that intervals do not cover each other.
+    x = np.array([row[at] for row in rows]) * (1 + 0.012 * (number - count / 2))
+    errors = [y - [row["low"] for row in rows], [row["high"] for row in rows] - y] if "low" in rows[0] else None
+    axis.errorbar(x, y, errors, marker="o", markersize=3, elinewidth=0.6, label=name, **style(name, number))
 
 
 def close_with_legend(figure, path: pathlib.Path) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from retention.evaluation.plots import label, panels, title
+from retention.evaluation.plots import label, measure_of, panels, title
 
 NUMBERS = ("score", "low", "high", "kl", "loss", "prefill_seconds", "evict_seconds", "decode_seconds", "allocated_bytes", "kept_entries", "samples")
 
@@ -39,7 +39,7 @@ def leaderboard(runs: Sequence[tuple[str, dict, dict, Sequence[dict[str, str]]]]
 
 
 def _table(rows: list[dict]) -> list[str]:
-    measure = "score" if "score" in rows[0] else "kl"
+    measure = measure_of(rows[0])
     budgets = sorted({row["budget"] for row in rows if row["budget"] is not None}, reverse=True)
     lines: dict[tuple, dict] = {}  # of one policy, read in one way, in one run: its rows by budget
     for row in rows:
