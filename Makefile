@@ -11,8 +11,9 @@ help:      ## list these targets
 demo: .venv/installed       ## a real model answers from a long document, with all and with a part of its cache
 	$(BIN)/python -m experiments.demo --workdir=runs/demo
 
+# Most of their time is XLA's, and of that most goes into making fast what runs once; `test-all` has its programs as users do.
 test: .venv/installed       ## the quick tests
-	$(BIN)/python -m pytest -m "not slow and not compare and not aot" -n auto
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -m "not slow and not compare and not aot" -n auto
 
 test-all: .venv/installed-compare       ## every test, the slow ones and those against PyTorch too
 	$(BIN)/python -m pytest
