@@ -77,14 +77,14 @@ class Recorder:
 SETTINGS = [
     ("global", "retention", None, None),
     ("global", "retention", 2, 3),
-    ("layer", "retention", None, None),
+    pytest.param("layer", "retention", None, None, marks=pytest.mark.slow),
     ("layer", "retention", 2, 3),
-    ("head", "retention", None, None),
+    pytest.param("head", "retention", None, None, marks=pytest.mark.slow),
     ("head", "retention", 2, 3),
-    ("shared", "retention", None, None),
+    pytest.param("shared", "retention", None, None, marks=pytest.mark.slow),
     ("shared", "retention", 2, 3),
     ("global", "window", None, None),
-    ("head", "random", None, None),
+    pytest.param("head", "random", None, None, marks=pytest.mark.slow),
     ("global", policies.retention.policy(lookahead=4, floor=3), 1, 0),
 ]
 
@@ -125,9 +125,8 @@ def test_one_shot_equals_chunked_when_nothing_is_evicted(small):
         assert [len(stream) for layer in kept(run, 1) for stream in layer] == [41] * small.config.streams
 
 
-@pytest.mark.parametrize("budget", [None, 12, 0.25])
-@pytest.mark.parametrize("scope", ["global", "shared"])
-def test_a_batch_equals_its_rows_alone(small, budget, scope):
+@pytest.mark.parametrize("scope, budget", [("global", None), ("global", 12), ("global", 0.25), ("shared", 12)])
+def test_a_batch_equals_its_rows_alone(small, scope, budget):
     prompts = random_prompts([50, 9, 33], seed=1)
 
     def run(prompts):

@@ -85,8 +85,7 @@ def test_an_abandoned_stream_leaves_a_session_that_goes_on(model):
 
 def test_generate_equals_sessions_alone(model):
     prompts = [STORY, "A letter.", STORY[:100]]
-    window, one_shot = dict(budget=16, policy="window", scope="head"), dict(budget=16, prefill_chunk=None)
-    for options in (dict(budget=16), dict(budget=0.25), dict(budget=None), window, one_shot):
+    for options in (dict(budget=0.25, prefill_chunk=None), dict(budget=16, policy="window", scope="head")):
         together = retention.generate(model[0], prompts, max_new_tokens=12, **options)
         for prompt, generation in zip(prompts, together, strict=True):
             alone = retention.Session(model[0], **options).generate(prompt, max_new_tokens=12)
