@@ -1,8 +1,8 @@
 """Haystack prose: loading, splitting at sentence ends, random windows, and pieces that fill a number of tokens.
 
-A document is a string of paragraphs without hard line breaks, joined by blank lines. A piece is one sentence with the white space before
-it, so that pieces concatenate to the text and, as tokenizers start a word at white space, their numbers of tokens add up to the text's
-(near enough to size it).
+A document is a string of paragraphs, joined by blank lines; within one only code has line breaks. A piece is one sentence with the white
+space before it, so that pieces concatenate to the text and, as tokenizers start a word at white space, their numbers of tokens add up to
+the text's (near enough to size it).
 """
 
 import glob
@@ -25,7 +25,8 @@ _WORD = re.compile(r"\s*\S+")
 def load(source: str) -> list[str]:
     """Documents of one or several comma-separated sources: "pydoc" (the manual inside every CPython) or a path or glob of text files.
 
-    Raises FileNotFoundError where no file matches, ValueError for a file that is not UTF-8 or holds no text.
+    Files named .txt are prose, whose hard line breaks are undone; others, such as .py, keep their lines and indents. Raises FileNotFoundError
+    where no file matches, ValueError for a file that is not UTF-8 or holds no text.
     """
     documents = []
     for name in (part.strip() for part in source.split(",")):
@@ -48,17 +49,18 @@ def _read(path: str) -> str:
     with open(path, "rb") as file:
         raw = file.read()
     try:
-        text = _paragraphs(raw.decode("utf-8-sig"))
+        text = _SPECIAL.sub("", raw.decode("utf-8-sig").replace("\r\n", "\n"))
     except UnicodeDecodeError as error:
         raise ValueError(f"the text file {path} is not UTF-8 (byte {error.start}); convert it or leave it out") from None
-    if not text:
+    text = _paragraphs(text) if path.endswith(".txt") else text.strip("\n")
+    if not text.strip():
         raise ValueError(f"the text file {path} holds no text; leave it out")
     return text
 
 
 def _paragraphs(raw: str) -> str:
     """Undoes hard line breaks: lines of a paragraph joined by one space, paragraphs by a blank line."""
-    raw = _GLUED.sub(r"\1\n\n", _SPECIAL.sub("", raw.replace("\r\n", "\n")))
+    raw = _GLUED.sub(r"\1\n\n", raw)
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", raw) if paragraph.strip())
 
 
@@ -131,6 +133,9 @@ def join(pieces: Iterable[str]) -> str:
     block = False
     for piece in pieces:
         bare = piece.lstrip()
-        parts.append(("\n\n" if block else piece[: len(piece) - len(bare)] or " ") + bare if parts else bare)
+        space = piece[: len(piece) - len(bare)]
+        if block and not space.startswith("\n\n"):
+            space = "\n\n"
+        parts.append((space or " ") + bare if parts else bare)
         block = "\n" in bare
     return "".join(parts)

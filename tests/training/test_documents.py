@@ -43,10 +43,13 @@ def test_pydoc_is_prose(texts):
     assert not re.search(r"[^\n]\n[^\n]", joined)
 
 
-def test_load_files_undoes_line_breaks_and_drops_control_strings(tmp_path):
+def test_load_files_undoes_the_line_breaks_of_prose_alone_and_drops_control_strings(tmp_path):
     (tmp_path / "a.txt").write_text("One line\nand the next.\n\n\nA new<|im_end|> paragraph.")
     (tmp_path / "b.txt").write_text("Second file.")
     assert text.load(f"{tmp_path}/*.txt") == ["One line and the next.\n\nA new paragraph.", "Second file."]
+    code = "def one():\n    return 1\n\n\ndef two():\n    return 2"
+    (tmp_path / "c.py").write_bytes(f"\n{code}<|im_end|>\n".replace("\n", "\r\n").encode())
+    assert text.load(f"{tmp_path}/c.py") == [code]
     assert len(text.load(f"{tmp_path}/a.txt, pydoc")) == 1 + len(text.load("pydoc"))
 
 
@@ -95,6 +98,8 @@ def test_fit_ends_at_a_sentence_and_fills():
 
 def test_join():
     assert text.join(["\n\nA.", "B.", "\n\nx = 1\ny = 2", " C.", "\n\nD."]) == "A. B.\n\nx = 1\ny = 2\n\nC.\n\nD."
+    code = "class A:\n    x = 1\n\n    def f(self):\n        return 2"
+    assert text.join(text.sentences(code)) == code, "indents stay"
 
 
 def test_enough_phrasings():
