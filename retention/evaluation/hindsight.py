@@ -30,7 +30,10 @@ def future_attention(reading: Reading, continuations: Sequence[Sequence[int]]) -
 
 
 def caches(reading: Reading, continuations: Sequence[Sequence[int]], budgets: Sequence[float]) -> Iterator[tuple[str, float, Rows]]:
-    """For each scope and budget what is left of the contexts: the entries that the continuations attend to most, and position 0."""
+    """For each scope and budget what is left of the contexts: the entries that the continuations attend to most, and position 0.
+
+    In the reading the future's attention takes the place of the past's.
+    """
     rows = reading.read_for("h2o")
     rows.cache = rows.cache._replace(buffer_stat=future_attention(reading, continuations))
     for scope, budget in itertools.product(SCOPES, budgets):
