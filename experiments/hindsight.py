@@ -1,7 +1,8 @@
 """What is left to gain on prose: python -m experiments.hindsight --config=configs/eval_prose.py --workdir=runs/hindsight --config.text='heldout/*.txt'
 
 The same contexts and continuations as experiments.evaluate has with this config, compressed by the attention that the continuation will pay, under each
-scope and budget. A few minutes on 2 CPU cores. Writes hindsight.csv: mean KL to the full cache, nats, with its standard error.
+scope and budget. A few minutes on 2 CPU cores; a run that was interrupted begins again. Writes hindsight.csv: mean KL to the full cache, nats, with
+its standard error.
 """
 
 from absl import app, flags
@@ -22,6 +23,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(_):
     config = CONFIG.value
     run = RunFolder(WORKDIR.value, config)
+    run.keep_metrics([])
     model = checkpoints.load(config.model, gates=None, dtype=config.dtype)
     tokens = [model.tokenizer.encode(one) for one in text.load(config.text)]
     measured = []
