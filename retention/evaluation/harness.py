@@ -6,6 +6,7 @@ as their papers have it; all of them and all their budgets share that reading, a
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import pathlib
@@ -287,6 +288,9 @@ class Prose:
 
 def asking_task(config: ConfigDict, model: Model, texts: list[str], task: str, length: int | None) -> Asking:
     loaded = tasks.load(task, model.tokenizer.encode, texts, length, config.samples, config.seed, config.data, config.execute)
+    wanted = loaded.longest_answer(functools.partial(model.tokenizer.encode, bos=False))
+    if wanted > config.max_new_tokens:
+        raise ValueError(f"max_new_tokens must be at least {wanted}, which an answer to {task} takes, got {config.max_new_tokens}")
     return Asking(Reader(config, model), tasks.seen(loaded) if config.question_seen else loaded)
 
 

@@ -35,6 +35,16 @@ class Task:
         return {"score": float(first[1]), **{name: float(value) for name, value in others}}
 
 
+    def longest_answer(self, encode: text.Encode) -> int:
+        """Tokens of the longest answer of full score where answers are strings to be found; 0 for the benchmarks, which accept others."""
+
+        def tokens(answer: str | Sequence[str]) -> int:
+            lengths = [len(encode(one)) for one in ((answer,) if isinstance(answer, str) else answer)]
+            return min(lengths) if self.name in ruler.QA else sum(lengths)
+
+        return 0 if self.problems else max(tokens(answer) for sample in self.samples for answer in sample.answers)
+
+
 def check(name: str) -> None:
     """Raises ValueError, with the nearest names, for a task that is not known."""
     check_name("task", name, NAMES)

@@ -29,7 +29,7 @@ def get_config():
     config.evaluate.samples = 2
     config.evaluate.budgets = (0.25,)
     config.evaluate.prefill_chunk = 64
-    config.evaluate.max_new_tokens = 4
+    config.evaluate.max_new_tokens = 5
     return config
 """
 
