@@ -4,7 +4,10 @@ from collections.abc import Sequence
 
 from retention.evaluation.plots import label, measure_of, panels, title
 
-NUMBERS = ("score", "low", "high", "kl", "loss", "prefill_seconds", "evict_seconds", "decode_seconds", "allocated_bytes", "kept_entries", "samples")
+NUMBERS = (
+    "score", "low", "high", "above_full", "below_full", "kl", "loss",
+    "prefill_seconds", "evict_seconds", "decode_seconds", "allocated_bytes", "kept_entries", "samples",
+)  # fmt: skip
 
 SHARED = (
     "One-shot policies share one reading of a context, in which all that any of them needs is computed, and each is charged for all of it "
@@ -23,9 +26,9 @@ def typed(row: dict[str, str]) -> dict:
 def leaderboard(runs: Sequence[tuple[str, dict, dict, Sequence[dict[str, str]]]]) -> tuple[str, list[dict]]:
     """Markdown, and the rows in it with their numbers, from (name, config.json, run_meta.json, rows of results.csv) of each run.
 
-    A table for each model, task and length: the full cache, then the policies, best at the smallest budget first, with score (prose: KL) and 95 %
-    interval at each budget, and the cost at the smallest: seconds a context to read and compress it, to answer, and the cache's MB. Then each run's
-    commit, seed, hardware and command.
+    A table for each model, task and length: the full cache, then the policies, best at the smallest budget first, with score (prose: KL), 95 %
+    interval and, where results.csv has them, the counts against the full cache at each budget, and the cost at the smallest: seconds a context to read
+    and compress it, to answer, and the cache's MB. Then each run's commit, seed, hardware and command.
     """
     rows = [{**typed(row), "model": config["model"], "run": name} for name, config, _, table in runs for row in table]
     parts = ["# Leaderboard", "", SHARED, ""]
@@ -50,7 +53,10 @@ def _table(rows: list[dict]) -> list[str]:
         return [(-1 if measure == "score" else 1) * cells[budget][measure] if budget in cells else worst for budget in reversed(budgets)]
 
     def shown(row: dict) -> str:
-        return f"{row['score']:.2f} ({row['low']:.2f}-{row['high']:.2f})" if measure == "score" else f"{row['kl']:.4f}"
+        if measure == "kl":
+            return f"{row['kl']:.4f}"
+        paired = f" +{row['above_full']:.0f} -{row['below_full']:.0f}" if row["budget"] is not None and "above_full" in row else ""
+        return f"{row['score']:.2f} ({row['low']:.2f}-{row['high']:.2f}){paired}"
 
     def line(name: str, prefill: str, run: str, cells: dict) -> list[str]:
         cheapest = list(cells.values())[-1] if None in cells else cells[min(cells)]
@@ -66,5 +72,9 @@ def _table(rows: list[dict]) -> list[str]:
     order = full + sorted(((key, cells) for key, cells in lines.items() if None not in cells), key=lambda item: rank(item[1]))
     head = ["policy (scope)", "read", *(f"{budget:.4g}" for budget in budgets), "read + compress s", "answer s", "MB", "contexts", "run"]
     table = [head, ["---"] * len(head), *(line(*key, cells) for key, cells in order)]
-    what = "score and its 95 % interval" if measure == "score" else "KL to the full cache, nats"
-    return [f"## {title(rows[0])}", "", f"{what[0].upper()}{what[1:]}; columns are budgets.", "", *("| " + " | ".join(one) + " |" for one in table), ""]
+    what = "KL to the full cache, nats"
+    if measure == "score":
+        what = "Score and its 95 % interval"
+        if any("above_full" in row for row in rows):
+            what += ", then contexts whose score is above (+) and below (-) the full cache's"
+    return [f"## {title(rows[0])}", "", f"{what}; columns are budgets.", "", *("| " + " | ".join(one) + " |" for one in table), ""]

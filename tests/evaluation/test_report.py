@@ -43,7 +43,7 @@ def cells(text, start):
 FIRST = [
     row_of("full", None, 0.7),
     row_of("window", 0.25, 0.2), row_of("window", 0.125, 0.1),
-    row_of("retention", 0.25, 0.8), row_of("retention", 0.125, 0.75, decode_seconds=1.0),
+    row_of("retention", 0.25, 0.8), row_of("retention", 0.125, 0.75, decode_seconds=1.0, above_full=5, below_full=2),
     row_of("full", None, 0.0, "prose"), row_of("window", 0.25, 0.12, "prose"), row_of("retention", 0.25, 0.04, "prose"),
     row_of("full", None, 0.3, "gsm8k", None), row_of("window", 128, 0.2, "gsm8k", None),
 ]  # fmt: skip
@@ -64,7 +64,8 @@ def test_a_table_for_each_model_task_and_length(tmp_path):
     ranked = ["full cache: 0.70 (0.60-0.80)", "full cache: 0.71 (0.61-0.81)", "retention (global)", "window (global)", "snapkv (head)"]
     assert order == ranked, "best at the smallest budget first; who has not run there comes last"
     cost = ["1.75", "1.00", "2.5", "32", str(tmp_path / "a")]
-    assert cells(needle, "retention") == ["retention (global)", "one-shot", "0.80 (0.70-0.90)", "0.75 (0.65-0.85)", *cost]
+    assert cells(needle, "retention") == ["retention (global)", "one-shot", "0.80 (0.70-0.90)", "0.75 (0.65-0.85) +5 -2", *cost]
+    assert "above (+) and below (-) the full cache's" in needle and "above" not in reasoning + prose
     assert cells(needle, "snapkv")[2:4] == ["0.30 (0.20-0.40)", ""]
     assert cells(prose, "retention")[2] == "0.0400" and prose.index("retention") < prose.index("window"), "the less KL the better"
     assert cells(reasoning, "window")[2] == "0.20 (0.10-0.30)" and "128" in cells(reasoning, "policy")
