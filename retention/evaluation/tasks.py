@@ -34,7 +34,6 @@ class Task:
         first, *others = metrics.score(self.name, self.problems[sample], generated, self.execute).items()
         return {"score": float(first[1]), **{name: float(value) for name, value in others}}
 
-
     def longest_answer(self, encode: text.Encode) -> int:
         """Tokens of the longest answer of full score where answers are strings to be found; 0 for the benchmarks, which accept others."""
 
