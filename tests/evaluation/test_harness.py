@@ -25,6 +25,7 @@ from tests import tiny
 from tests.conftest import small_config, small_model
 
 STREAMS = small_config().streams
+ANSWER = 7  # tokens that may be generated: as many as the longest of these tasks' answers takes
 QUICKLY = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # nearly all the time here is XLA's
 TIMES = ("prefill_seconds", "evict_seconds", "decode_seconds")
 
@@ -52,7 +53,7 @@ def config_of(folder, **changes):
     config = eval_needles.get_config()
     values = dict(
         model=str(folder), gates=str(folder / "gates.safetensors"), tasks=("needle4", "kv_turns", "prose"), lengths=(310,), samples=4, batch_size=2,
-        budgets=(0.25,), policies=("retention",), one_shot=("window",), prefill_chunk=64, max_new_tokens=7, continuation=80,
+        budgets=(0.25,), policies=("retention",), one_shot=("window",), prefill_chunk=64, max_new_tokens=ANSWER, continuation=80,
     )  # fmt: skip
     config.update({**values, **changes})
     return config
@@ -126,7 +127,7 @@ def test_records_say_what_was_asked_and_what_was_kept(folder, model, whole):
             prompt = sample.context + sample.questions[record["question"]]
             assert record["prompt"] == harness.hashlib.sha256(prompt.encode()).hexdigest()[:16]
             assert np.ravel(record["answer"]).tolist() == np.ravel(sample.answers[record["question"]]).tolist()
-            assert 1 <= record["answer_tokens"] <= 7 and abs(record["context_tokens"] - 310) <= 0.02 * 310
+            assert 1 <= record["answer_tokens"] <= ANSWER and abs(record["context_tokens"] - 310) <= 0.02 * 310
             assert record["score"] == tasks.Task(cell["task"], samples[cell["task"]]).score(record["sample"], record["question"], record["generated"])["score"]
             assert cell["policy"] == "full" or record["kept_at_end"] == held * STREAMS, "what is appended and generated is evicted too"
         if record.get("question", 0) == 0:
@@ -152,7 +153,7 @@ def test_answers_equal_those_to_questions_asked_by_hand(model, whole):
             asked = rows if task == "kv_turns" else rows.fork()
             questions = [sample.questions[number] for sample in samples]
             asked.append([encode(question if end else END + question, bos=False) for question, end in zip(questions, ended, strict=True)])
-            [tokens] = asked.decode(7, 0.0, 1.0, 0, stop)
+            [tokens] = asked.decode(ANSWER, 0.0, 1.0, 0, stop)
             for row in (0, 1):
                 told = tokens[row][tokens[row] >= 0].tolist()
                 ended[row] = task == "needle4" or told[-1] in stop
