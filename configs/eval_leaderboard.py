@@ -4,7 +4,7 @@
     python -m experiments.report --runs=runs/leaderboard --out=experiments/leaderboard
 
 The rivals read a context whole and compress it once (KVzip reads it twice), with the full cache held meanwhile; retention reads in chunks of 256, in bounded
-memory. At 1,024 tokens about 45 minutes a task of one question on 2 CPU cores, at 4,096 close to 3 hours.
+memory. At 1,024 tokens 30 to 50 minutes a task of one question on 2 CPU cores, at 4,096 two to three hours.
 """
 
 from ml_collections import ConfigDict
