@@ -5,6 +5,7 @@ as their papers have it; all of them and all their budgets share that reading, a
 `experiments.benchmark --suite=compression`). The others read in chunks, in bounded memory, and evict while they read: their prefill_seconds hold both.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -78,17 +79,31 @@ def empty_rows(config: ConfigDict, model: Model, cell: Cell, batch: int) -> Rows
 def check_cells(config: ConfigDict, model: Model, table: Sequence[Cell]) -> None:
     """Raises ValueError, with the cell, for one that cannot run: a scope that its policy cannot have, a budget below what is always kept, no gates.
 
-    Also for policies of config.one_shot that cannot share a reading.
+    Also for policies of config.one_shot that cannot share a reading. A fraction of contexts that are not loaded yet: `check_fractions`.
     """
     generation.reader(tuple(policies.get(name) for name in config.one_shot))
     for cell in table:
-        try:
+        with naming(cell):
+            empty_rows(config, model, cell, batch=1)
+
+
+def check_fractions(config: ConfigDict, model: Model, table: Sequence[Cell], shortest: int) -> None:
+    """Raises ValueError, with the cell, for a fraction of the shortest context, in tokens, that is below what is always kept."""
+    for cell in table:
+        with naming(cell):
             rows = empty_rows(config, model, cell, batch=1)
-            if cell.length and isinstance(rows.budget, float):
-                generation.check_protected(int(cell.budget * cell.length), rows.plan.sinks, rows.window, rows.plan.policy.floor)
-        except ValueError as error:
-            budget = "" if cell.budget is None else f" at budget {cell.budget:g}"
-            raise ValueError(f"{cell.task}{f' of {cell.length} tokens' if cell.length else ''}, {cell.policy} ({cell.scope}){budget}: {error}") from None
+            if isinstance(rows.budget, float):
+                generation.check_protected(int(rows.budget * shortest), rows.plan.sinks, rows.window, rows.plan.policy.floor)
+
+
+@contextlib.contextmanager
+def naming(cell: Cell) -> Iterator[None]:
+    """A ValueError says at which cell."""
+    try:
+        yield
+    except ValueError as error:
+        budget = "" if cell.budget is None else f" at budget {cell.budget:g}"
+        raise ValueError(f"{cell.task}{f' of {cell.length} tokens' if cell.length else ''}, {cell.policy} ({cell.scope}){budget}: {error}") from None
 
 
 def interval(mean: float, count: int) -> tuple[float, float]:
@@ -102,7 +117,7 @@ def interval(mean: float, count: int) -> tuple[float, float]:
 def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
     """Fills the table; writes metrics.jsonl (a record a question), results.csv, plots and run_meta.json; returns the table's rows.
 
-    What is wrong with the config or a file is found before the first cell runs: raises as `cells`, `check_cells`, `tasks.load` and `RunFolder` do.
+    What is wrong with the config or a file is found before the first cell: raises as `cells`, `check_cells`, `check_fractions`, `tasks.load`, `RunFolder` do.
     """
     table = cells(config)
     run = RunFolder(workdir, config)
@@ -117,6 +132,8 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
             missing.setdefault((cell.task, cell.length), []).append(cell)
     load = {task: prose_task if task == "prose" else asking_task for task in config.tasks}
     loaded = {(task, length): load[task](config, model, texts, task, length) for task, length in missing}
+    for key, group in missing.items():
+        check_fractions(config, model, group, loaded[key].shortest())
     with tqdm(total=len(table) * config.samples, initial=len(done), unit="sample", desc="evaluating", smoothing=0) as progress:
         for (task, length), group in missing.items():
             for batch in batches(config):
@@ -224,6 +241,10 @@ class Asking:
     reader: Reader
     task: tasks.Task
 
+    def shortest(self) -> int:
+        """Tokens of the shortest context."""
+        return min(len(self.reader.model.tokenizer.encode(sample.context, bos=True)) for sample in self.task.samples)
+
     def run(self, wanted: Sequence[Cell], batch: Sequence[int]) -> Iterator[tuple[Cell, list[dict]]]:
         """The records of one batch of samples, for each cell. decode_seconds: to read and answer all questions of a sample."""
         tokenizer = self.reader.model.tokenizer
@@ -274,6 +295,10 @@ class Prose:
 
     reader: Reader
     windows: Sequence[tuple[list[int], list[int]]]
+
+    def shortest(self) -> int:
+        """Tokens of the shortest context."""
+        return min(len(context) for context, _ in self.windows)
 
     def run(self, wanted: Sequence[Cell], batch: Sequence[int]) -> Iterator[tuple[Cell, list[dict]]]:
         """The records of one batch of samples, for each cell."""
