@@ -140,19 +140,27 @@ class Rows:
     def evicts(self) -> bool:
         return self.budget is not None
 
-    def _open(self, lengths: Sequence[int]) -> None:
-        """The cache, once the first prompts' lengths are known: a fraction is a fraction of them."""
-        config = self.model.config
+    def budgets(self, lengths: Sequence[int]) -> list[int]:
+        """Tokens per stream of each sequence, whose first prompt has `lengths` tokens; a fraction is one of them, and at least one token.
+
+        Zeros where nothing is evicted. Raises ValueError for a fraction that is smaller than what is always kept.
+        """
         if not self.evicts:
-            budgets, slots = [0] * self.batch, 0
-        elif isinstance(self.budget, numbers.Integral):
-            budgets = [int(self.budget)] * self.batch
-            slots = config.streams * int(self.budget)
-        else:
-            budgets = [max(1, int(self.budget * length)) for length in lengths]
-            for budget in budgets:
-                check_protected(budget, self.plan.sinks, self.window, self.plan.policy.floor)
-            slots = config.streams * roomy(max(budgets))
+            return [0] * len(lengths)
+        if isinstance(self.budget, numbers.Integral):
+            return [int(self.budget)] * len(lengths)
+        budgets = [max(1, int(self.budget * length)) for length in lengths]
+        for budget in budgets:
+            check_protected(budget, self.plan.sinks, self.window, self.plan.policy.floor)
+        return budgets
+
+    def _open(self, lengths: Sequence[int]) -> None:
+        """The cache, once the first prompts' lengths are known."""
+        config, budgets = self.model.config, self.budgets(lengths)
+        most = max(budgets)
+        if self.evicts and not isinstance(self.budget, numbers.Integral):
+            most = roomy(most)
+        slots = config.streams * most
         dtype = self.model.params["embed"].dtype
         self.cache = cache_lib.init(
             config.layers, config.kv_heads, config.head_dim, budgets, slots, self.width, dtype,

@@ -88,12 +88,12 @@ def check_cells(config: ConfigDict, model: Model, table: Sequence[Cell]) -> None
 
 
 def check_fractions(config: ConfigDict, model: Model, table: Sequence[Cell], shortest: int) -> None:
-    """Raises ValueError, with the cell, for a fraction of the shortest context, in tokens, that is below what is always kept."""
+    """Raises ValueError, with the cell, for a fraction of the shortest context, in tokens, that is below one token or what is always kept."""
     for cell in table:
         with naming(cell):
-            rows = empty_rows(config, model, cell, batch=1)
-            if isinstance(rows.budget, float):
-                generation.check_protected(int(rows.budget * shortest), rows.plan.sinks, rows.window, rows.plan.policy.floor)
+            if cell.budget is not None and cell.budget * shortest < 1:
+                raise ValueError(f"a fraction of a context must be at least one token of it; one of {shortest} tokens is among the contexts")
+            empty_rows(config, model, cell, batch=1).budgets([shortest])
 
 
 @contextlib.contextmanager
@@ -240,17 +240,17 @@ class Asking:
 
     reader: Reader
     task: tasks.Task
+    contexts: Sequence[list[int]]  # the samples', as tokens
 
     def shortest(self) -> int:
         """Tokens of the shortest context."""
-        return min(len(self.reader.model.tokenizer.encode(sample.context, bos=True)) for sample in self.task.samples)
+        return min(map(len, self.contexts))
 
     def run(self, wanted: Sequence[Cell], batch: Sequence[int]) -> Iterator[tuple[Cell, list[dict]]]:
         """The records of one batch of samples, for each cell. decode_seconds: to read and answer all questions of a sample."""
         tokenizer = self.reader.model.tokenizer
         samples = [self.task.samples[i] for i in batch]
-        contexts = [tokenizer.encode(sample.context, bos=True) for sample in samples]
-        for cell, rows, seconds in self.reader.rows(wanted, contexts):
+        for cell, rows, seconds in self.reader.rows(wanted, [self.contexts[i] for i in batch]):
             start = time.time()
             rounds = list(self.answers(rows, samples))
             seconds |= {"decode_seconds": round((time.time() - start) / len(samples), 4)}
@@ -316,7 +316,9 @@ def asking_task(config: ConfigDict, model: Model, texts: list[str], task: str, l
     wanted = loaded.longest_answer(functools.partial(model.tokenizer.encode, bos=False))
     if wanted > config.max_new_tokens:
         raise ValueError(f"max_new_tokens must be at least {wanted}, which an answer to {task} takes, got {config.max_new_tokens}")
-    return Asking(Reader(config, model), tasks.seen(loaded) if config.question_seen else loaded)
+    if config.question_seen:
+        loaded = tasks.seen(loaded)
+    return Asking(Reader(config, model), loaded, [model.tokenizer.encode(sample.context, bos=True) for sample in loaded.samples])
 
 
 def prose_task(config: ConfigDict, model: Model, texts: list[str], task: str, length: int) -> Prose:

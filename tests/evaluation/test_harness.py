@@ -189,7 +189,7 @@ def test_turns_follow_each_other_and_other_questions_do_not(folder, model, monke
     monkeypatch.setattr(harness.cache_lib, "kept_entries", lambda cache: np.array([7, 8]))
     encode, (stop, *_) = model.tokenizer.encode, model.tokenizer.eos_ids
     questions = ("\n\nA?" + ASK, f"\n{USER}B?{ASK}", f"\n{USER}C?{ASK}")
-    asking = harness.Asking(harness.Reader(config_of(folder), model), None)
+    asking = harness.Asking(harness.Reader(config_of(folder), model), None, [])
     replies = [[[65, 66, 67, 68], [65, stop, -1, -1]], [[69, stop, -1, -1], [70, 71, 72, 73]], [[74, 75, 76, stop], [77, 78, 79, 80]]]
     for turns in (True, False):
         samples = [needles.Sample("One.", questions, ("1", "2", "3"), turns), needles.Sample("Two.", questions[:2], ("4", "5"), turns)]
@@ -295,6 +295,7 @@ def test_reasoning_evicts_while_it_decodes(folder, tmp_path):
         (dict(policies=("snapkv",), budgets=(16,)), r"snapkv \(head\) at budget 16: budget 16 is smaller than sinks \+ window = 0 \+ 32"),
         (dict(policies=("snapkv",), budgets=(0.05,)), r"snapkv \(head\) at budget 0.05: budget 15 is smaller than sinks \+ window"),
         (dict(policies=("snapkv",), budgets=(32 / 310,)), "budget 31 is smaller than"),  # contexts may be a few tokens shorter than their length
+        (dict(budgets=(1 / 310,)), "needle4 of 310 tokens, .* at budget 0.00322581: a fraction of a context must be at least one token of it"),
         (dict(budgets=(1.5,)), r"a fractional budget must be in \(0, 1\], got 1.5"),
         (dict(tasks=("gsm8k",)), "gsm8k is read from a file: give the folder that holds it as config.data"),
         (dict(tasks=("qa_1",)), "qa_1 is read from a file"),
