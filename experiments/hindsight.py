@@ -1,8 +1,8 @@
 """What is left to gain on prose: python -m experiments.hindsight --config=configs/eval_prose.py --workdir=runs/hindsight --config.text='heldout/*.txt'
 
 The same contexts and continuations as experiments.evaluate has with this config, compressed by the attention that the continuation will pay, under each
-scope and budget. A few minutes on 2 CPU cores; a run that was interrupted begins again. Writes hindsight.csv: mean KL to the full cache, nats, with
-its standard error.
+of config.scopes (none: global, layer and head) and each budget. A few minutes on 2 CPU cores; a run that was interrupted begins again. Writes
+hindsight.csv: mean KL to the full cache, nats, with its standard error.
 """
 
 from absl import app, flags
@@ -26,11 +26,12 @@ def main(_):
     run.keep_metrics([])
     model = checkpoints.load(config.model, gates=None, dtype=config.dtype)
     tokens = [model.tokenizer.encode(one) for one in text.load(config.text)]
+    scopes = config.scopes or ("global", "layer", "head")
     measured = []
     for length in config.lengths:
         pairs = prose.windows(tokens, length, config.continuation, config.samples, config.seed)
         for batch in tqdm(batches(config), unit="batch", desc=f"{length} tokens"):
-            for row in hindsight.divergences(model, *zip(*(pairs[i] for i in batch), strict=True), config.budgets):
+            for row in hindsight.divergences(model, *zip(*(pairs[i] for i in batch), strict=True), scopes, config.budgets):
                 measured.append({"length": length, **row})
                 run.log(**measured[-1])
     rows = hindsight.table(measured)

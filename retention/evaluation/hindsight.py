@@ -14,8 +14,6 @@ from retention.evaluation import prose
 from retention.generation import Reading, Rows
 from retention.model import Model
 
-SCOPES = ("global", "layer", "head")
-
 
 def future_attention(reading: Reading, continuations: Sequence[Sequence[int]]) -> jax.Array:
     """[L,B,H,W] float32: the attention that all of a continuation's tokens pay each entry of the context, mean over its query heads.
@@ -29,24 +27,26 @@ def future_attention(reading: Reading, continuations: Sequence[Sequence[int]]) -
     return ahead.cache.buffer_stat[..., : stat.shape[3]]
 
 
-def caches(reading: Reading, continuations: Sequence[Sequence[int]], budgets: Sequence[float]) -> Iterator[tuple[str, float, Rows]]:
+def caches(
+    reading: Reading, continuations: Sequence[Sequence[int]], scopes: Sequence[str], budgets: Sequence[float]
+) -> Iterator[tuple[str, float, Rows]]:
     """For each scope and budget what is left of the contexts: the entries that the continuations attend to most, and position 0.
 
     In the reading the future's attention takes the place of the past's.
     """
     rows = reading.read_for("h2o")
     rows.cache = rows.cache._replace(buffer_stat=future_attention(reading, continuations))
-    for scope, budget in itertools.product(SCOPES, budgets):
+    for scope, budget in itertools.product(scopes, budgets):
         yield scope, budget, reading.compress(budget, "h2o", scope, sinks=1, window=0)
 
 
 def divergences(
-    model: Model, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], budgets: Sequence[float]
+    model: Model, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], scopes: Sequence[str], budgets: Sequence[float]
 ) -> Iterator[dict[str, str | float | list[float]]]:
     """For each scope and budget {scope, budget, kl}: each sequence's KL to the full cache over its continuation, nats, as `prose.divergence` has it."""
     reading = Reading(model, ("h2o",), contexts)
     full = prose.continuation_logits(reading.full, continuations)
-    for scope, budget, kept in caches(reading, continuations, budgets):
+    for scope, budget, kept in caches(reading, continuations, scopes, budgets):
         measured = prose.divergence(full, prose.continuation_logits(kept, continuations), continuations)
         yield {"scope": scope, "budget": budget, "kl": [one["kl"] for one in measured]}
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-SCOPES = ("global", "layer", "head", "shared")
+from retention.cache import SCOPES
 
 
 class Written(NamedTuple):

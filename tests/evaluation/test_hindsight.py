@@ -30,7 +30,7 @@ def test_what_the_text_ahead_attends_to_most_is_kept(small):
     reading = Reading(small, ("h2o",), contexts)
     ahead = np.array(hindsight.future_attention(reading, continuations))[..., :48]
     ahead[..., 0] = np.inf
-    kept = {scope: rows for scope, _, rows in hindsight.caches(reading, continuations, (0.25,))}
+    kept = {scope: rows for scope, _, rows in hindsight.caches(reading, continuations, ("global", "head"), (0.25,))}
     for row in (0, 1):
         per_head = np.sort(np.argsort(ahead[:, row], axis=-1)[..., -12:], axis=-1)
         assert [stream.tolist() for layer in cache.kept_positions(kept["head"].cache, row) for stream in layer] == per_head.reshape(-1, 12).tolist()
@@ -41,7 +41,8 @@ def test_what_the_text_ahead_attends_to_most_is_kept(small):
 
 def test_divergences_vanish_with_all_that_is_evicted(small):
     contexts, continuations = random_prompts([48, 48], seed=1), random_prompts([16, 16], seed=2)
-    rows = hindsight.table([{"length": 48, **row} for row in hindsight.divergences(small, contexts, continuations, (1.0, 0.25))])
+    measured = hindsight.divergences(small, contexts, continuations, ("global", "layer", "head"), (1.0, 0.25))
+    rows = hindsight.table([{"length": 48, **row} for row in measured])
     assert [(row["length"], row["scope"], row["budget"], row["samples"]) for row in rows] == [
         (48, scope, budget, 2) for scope in ("global", "layer", "head") for budget in (1.0, 0.25)
     ]
