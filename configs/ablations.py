@@ -23,13 +23,15 @@ def get_config() -> ConfigDict:
     config.variants.linear = ConfigDict({"gate": {"kind": "linear"}})
     config.variants.no_capacity = ConfigDict({"loss": {"capacity": 0.0}})
     config.variants.no_kl = ConfigDict({"loss": {"kl": 0.0, "other_kl": 0.0}})
+    config.variants.no_answer_kl = ConfigDict({"loss": {"kl": 0.0}})  # answers are taught by what is true alone
     config.variants.no_ntp = ConfigDict({"loss": {"ntp": 0.0}})
     config.variants.bias_0 = ConfigDict({"gate": {"bias": 0.0}})
     config.variants.tie_heads = ConfigDict({"gate": {"tie_heads": True}})
     # Budgets in training around one of those that the evaluation uses, or above both, in place of 3 to 25 %.
     config.variants.budgets_6 = ConfigDict({"loss": {"budget_low": 0.05, "budget_high": 0.075}})
     config.variants.budgets_25 = ConfigDict({"loss": {"budget_low": 0.2, "budget_high": 0.25}})
-    config.order = ("baseline", "local", "no_capacity", "no_kl", "no_ntp", "linear", "bias_0", "tie_heads", "budgets_6", "budgets_25")  # those to run
+    # Those to run.
+    config.order = ("baseline", "local", "no_capacity", "no_kl", "no_answer_kl", "no_ntp", "linear", "bias_0", "tie_heads", "budgets_6", "budgets_25")
     # Each with the gates that a variant has come to; local ones under the budget of a stream that they were trained for.
     config.evaluate = eval_needles.get_config()
     config.evaluate.tasks = ("needle", "prose")
