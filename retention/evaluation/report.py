@@ -11,7 +11,8 @@ NUMBERS = (
 
 SHARED = (
     "One-shot policies share one reading of a context, in which all that any of them needs is computed, and each is charged for all of it "
-    "(KVzip for its second reading too): their seconds are bounds. What each costs alone: `python -m experiments.benchmark --suite=compression`."
+    "(KVzip for its second reading too): their seconds are bounds. What each costs alone: `python -m experiments.benchmark --suite=compression`. "
+    "Seconds compare within a run; another may be of another machine."
 )
 
 
