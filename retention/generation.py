@@ -157,10 +157,7 @@ class Rows:
     def _open(self, lengths: Sequence[int]) -> None:
         """The cache, once the first prompts' lengths are known."""
         config, budgets = self.model.config, self.budgets(lengths)
-        most = max(budgets)
-        if self.evicts and not isinstance(self.budget, numbers.Integral):
-            most = roomy(most)
-        slots = config.streams * most
+        slots = config.streams * (max(budgets) if isinstance(self.budget, numbers.Integral) else roomy(max(budgets)))
         dtype = self.model.params["embed"].dtype
         self.cache = cache_lib.init(
             config.layers, config.kv_heads, config.head_dim, budgets, slots, self.width, dtype,
