@@ -35,11 +35,14 @@ class Task:
         return {"score": float(first[1]), **{name: float(value) for name, value in others}}
 
     def longest_answer(self, encode: text.Encode) -> int:
-        """Tokens of the longest answer of full score where answers are strings to be found; 0 for the benchmarks, which accept others."""
+        """Tokens of the longest answer of full score where answers are strings to be found, several as a numbered list; 0 for the benchmarks."""
 
         def tokens(answer: str | Sequence[str]) -> int:
-            lengths = [len(encode(one)) for one in ((answer,) if isinstance(answer, str) else answer)]
-            return min(lengths) if self.name in ruler.QA else sum(lengths)
+            strings = (answer,) if isinstance(answer, str) else answer
+            if self.name in ruler.QA:  # any of them will do
+                return min(len(encode(one)) for one in strings)
+            whole = strings[0] if len(strings) == 1 else "".join(f"\n{i}. {one}" for i, one in enumerate(strings, 1))
+            return len(encode(whole))
 
         return 0 if self.problems else max(tokens(answer) for sample in self.samples for answer in sample.answers)
 

@@ -301,6 +301,7 @@ def test_reasoning_evicts_while_it_decodes(folder, tmp_path):
         (dict(tasks=("qa_1",)), "qa_1 is read from a file"),
         (dict(lengths=(100,)), "length must be at least 160"),
         (dict(tasks=("niah_single_3",)), "max_new_tokens must be at least 36, which an answer to niah_single_3 takes, got 7"),
+        (dict(tasks=("niah_multivalue",)), "max_new_tokens must be at least 44, which"),  # four lines such as "\n1. 1234567"
         (dict(continuation=10**7), "text holds no document of 10000310 tokens"),
     ],
 )
