@@ -2,7 +2,7 @@
 
 kernels: each operation at real sizes on whatever device jax finds, beside the rival that its issue names, and beside the bandwidth of a plain copy.
 end_to_end: SmolLM2-135M reading and decoding with the full cache and under a budget, and in transformers and kvpress where they are installed (extra
-`compare`); reading 32K tokens in bounded memory.
+`compare`); reading 32K tokens in bounded memory. decoding: its part that decodes, alone.
 compression: what each policy adds to the seconds and the memory of reading 1K and 4K tokens.
 training: a training step of SmolLM2-135M over 1,024 tokens, in plain forward passes; and the memory it takes.
 The times of a busy machine are worth nothing; the ratios hold as long as both sides were equally disturbed.
@@ -12,7 +12,7 @@ import importlib.util
 import pathlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from retention.checkpoints import download
 from retention.runs import write_table
 from retention.training import bench as training_bench
 
-SUITE = flags.DEFINE_enum("suite", "kernels", ["kernels", "end_to_end", "compression", "training"], "What to time.")
+SUITE = flags.DEFINE_enum("suite", "kernels", ["kernels", "end_to_end", "decoding", "compression", "training"], "What to time.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder for the suite's CSV.", required=True)
 OPERATIONS = flags.DEFINE_list("operations", list(operations.NAMES), "Which operations.")
 
@@ -75,14 +75,15 @@ def kernels() -> Iterator[dict]:
             yield row
 
 
-def end_to_end() -> Iterator[dict]:
+def beside_theirs(rows: Callable) -> Iterator[dict]:
     compare = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
-    return bench.rows(checkpoints.load("smollm2-135m"), theirs=bench.Theirs(download.smollm2_135m()) if compare else None)
+    return rows(checkpoints.load("smollm2-135m"), theirs=bench.Theirs(download.smollm2_135m()) if compare else None)
 
 
 SUITES = {
     "kernels": kernels,
-    "end_to_end": end_to_end,
+    "end_to_end": lambda: beside_theirs(bench.rows),
+    "decoding": lambda: beside_theirs(bench.decoding_rows),
     "compression": lambda: bench.compression_rows("smollm2-135m"),
     "training": lambda: training_bench.rows(smollm2_135m.get_config("long")),
 }

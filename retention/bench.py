@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import multiprocessing
 import pathlib
 import statistics
@@ -48,14 +49,24 @@ def take_turns(runs: Mapping[str, Callable[[], Callable]], rounds: int) -> dict[
 
 def rows(model: Model, sizes: Sizes = Sizes(), theirs: "Theirs | None" = None) -> Iterator[dict]:
     """Reading in bounded memory, first, as the peak is the process's; then reading and decoding, everyone by turns."""
-    tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=(max(sizes.batches), max(*sizes.contexts, *sizes.long)))
+    tokens = random_tokens(model, sizes)
     for budget in (sizes.budget, None):
         for length in sizes.long:
             yield long_row(model, sizes, tokens[:1, :length], budget)
-    for context in sizes.contexts:
-        for batch in sizes.batches:
-            yield from prefill_rows(model, sizes, theirs, tokens[:batch, :context])
-            yield from decode_rows(model, sizes, theirs, tokens[:batch, :context])
+    for batch, context in itertools.product(sizes.batches, sizes.contexts):
+        yield from prefill_rows(model, sizes, theirs, tokens[:batch, :context])
+    yield from decoding_rows(model, sizes, theirs)
+
+
+def decoding_rows(model: Model, sizes: Sizes = Sizes(), theirs: "Theirs | None" = None) -> Iterator[dict]:
+    """Decoding behind each context, everyone by turns."""
+    tokens = random_tokens(model, sizes)
+    for batch, context in itertools.product(sizes.batches, sizes.contexts):
+        yield from decode_rows(model, sizes, theirs, tokens[:batch, :context])
+
+
+def random_tokens(model: Model, sizes: Sizes) -> np.ndarray:
+    return np.random.default_rng(0).integers(model.config.vocab_size, size=(max(sizes.batches), max(*sizes.contexts, *sizes.long)))
 
 
 def long_row(model: Model, sizes: Sizes, tokens: np.ndarray, budget: int | None) -> dict:
@@ -90,6 +101,7 @@ def decode_rows(model: Model, sizes: Sizes, theirs: "Theirs | None", tokens: np.
     def decoding(rows: Rows) -> Callable[[], Callable]:
         def prepare():
             fork = rows.fork()
+            jax.block_until_ready(fork.cache)  # or the copying would be timed with the first token
             return lambda: list(fork.decode(steps, 0.0, 1.0, 0, ()))
 
         return prepare
@@ -105,7 +117,7 @@ def decode_rows(model: Model, sizes: Sizes, theirs: "Theirs | None", tokens: np.
             with press(theirs.model):
                 pressed = theirs.read(tokens)
             runs["kvpress"] = lambda: functools.partial(theirs.decode, *copy.deepcopy(pressed), context, steps, press)
-    yield from compared("decode", tokens, batch * steps, take_turns(runs, rounds=3))
+    yield from compared("decode", tokens, batch * steps, take_turns(runs, rounds=5))
 
 
 def read(model: Model, tokens: np.ndarray, budget: int | float | None, policy: str = "retention", prefill_chunk: int | None = CHUNK) -> Rows:

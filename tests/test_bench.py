@@ -40,8 +40,8 @@ def test_what_is_measured(small):
         "read 600 tokens with the full cache",
         *(
             f"{what}, 300 tokens of context, B={batch}: {name}"
-            for batch in (1, 2)
             for what, whose in (("read", names), ("decode", (*names, "entries alone")))
+            for batch in (1, 2)
             for name in whose
         ),
     ]
