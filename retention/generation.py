@@ -407,10 +407,7 @@ class Reading:
         rows._open([int(seen) for seen in full.cache.seen])
         rows.logits, rows.warned = full.logits, True
         rows._saw(full.most_seen)
-        held = {name: x for name, x in full.cache._asdict().items() if name.startswith("buffer") or name in ("seen", "noted")}
-        rows.cache = rows.cache._replace(**jax.tree.map(jnp.copy, held))
-        rows._evict()
-        rows.cache = cache_lib.with_buffer(rows.cache, rows.width)
+        rows.cache = programs.compress(rows.plan, rows.cache, full.cache)
         return rows
 
 

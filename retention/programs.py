@@ -141,6 +141,14 @@ def evict(plan: Plan, cache: Cache) -> Cache:
     return plan.evict(cache)
 
 
+@functools.partial(jax.jit, static_argnames="plan", donate_argnames="opened")
+def compress(plan: Plan, opened: Cache, full: Cache) -> Cache:
+    """What an eviction leaves of a full cache, which stays as it is, in a cache that is empty yet, with its own write buffer."""
+    arrays = [name for name in Cache._fields if name.startswith("buffer_")]
+    read = opened._replace(**{name: getattr(full, name) for name in (*arrays, "buffered", "seen", "noted")})
+    return plan.evict(read)._replace(**{name: getattr(opened, name) for name in arrays})
+
+
 def sample(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
     """Next tokens [B] from logits [B,V]: the likeliest at temperature 0, else from the fewest tokens whose probabilities reach top_p."""
 
