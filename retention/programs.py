@@ -33,6 +33,11 @@ class Plan:
     longest: int = 0
     beside: tuple[policies.Policy, ...] = ()
 
+    @property
+    def streams(self) -> jax.Array:
+        """[L,1,1,H] int32, the streams' numbers."""
+        return jnp.arange(self.config.streams, dtype=jnp.int32).reshape(self.config.layers, 1, 1, self.config.kv_heads)
+
     def evict(self, cache: Cache) -> Cache:
         policy, layer_budgets = self.policy, None
         if policy.streams:
@@ -45,10 +50,11 @@ class Plan:
         return cache_lib.select(cache, scores, self.scope, self.sinks, window, policy.floor, layer_budgets)
 
 
-def forward(plan: Plan, params: dict, gates: dict | None, cache: Cache, tokens: jax.Array, valid: jax.Array, logits: jax.Array):
+def forward(plan: Plan, params: dict, gates: dict | None, cache: Cache, tokens: jax.Array, valid: jax.Array, logits: jax.Array, gates_wait: bool = False):
     """Feeds each sequence its next valid[b] of tokens [B,T]; they attend to pool, buffer and themselves.
 
-    logits [B,V]: what predicted the first of them. Returns hidden [B,T,E], the new cache, and for each policy of plan.beside its stat [L,B,H,T].
+    logits [B,V]: what predicted the first of them. Returns hidden [B,T,E], the new cache, and for each policy of plan.beside its stat [L,B,H,T]; with
+    `gates_wait`, which leaves the stat to `rate`, what the gates are to read [L,B,T,E] in place of that.
     """
     config, policy, noted = plan.config, plan.policy, cache.noted
     decoder = bind(config, params)
@@ -61,37 +67,49 @@ def forward(plan: Plan, params: dict, gates: dict | None, cache: Cache, tokens: 
     # XLA copies in every round.
     def attend(carry, layer_input, q, k, v, h):
         layer, gate, noted = layer_input
-        log_beta = h if at_once else None if gate is None else gates_lib.log_beta(gate, h, config.kv_heads)
+        log_beta = h if gates_wait else None if gate is None else gates_lib.log_beta(gate, h, config.kv_heads)
         out = cached_attention(q, k, v, valid, *pool, *buffer, layer)
         paid = observations.received(cache, layer, plan.longest, q, k, valid) if policy.attended else None
         return carry, out, (k, v, log_beta, observations.note_queries(config, policy, noted, q, positions, valid), paid)
 
-    layer_gates = gates_lib.per_layer(gates, config, plan.gate) if policy.gated else None
-    # One token's gates are so little work that it is cheaper to do all layers' in one go than a few small products in each.
-    at_once = policy.gated and tokens.shape[1] == 1
-    layer_inputs = (jnp.arange(config.layers, dtype=jnp.int32), None if at_once else layer_gates, by_layer)
+    layer_gates = gates_lib.per_layer(gates, config, plan.gate) if policy.gated and not gates_wait else None
+    layer_inputs = (jnp.arange(config.layers, dtype=jnp.int32), layer_gates, by_layer)
     hidden, _, new = decoder(tokens, positions, attend, layer_inputs=layer_inputs, outputs=policy.hidden is not None)
     outputs = None
     if policy.hidden is not None:
         new, outputs = new
         outputs = outputs[jnp.asarray(policy.hidden(config.layers))]
     keys, values, log_beta, newly_noted, paid = new
-    if at_once:
-        log_beta = jax.vmap(gates_lib.log_beta, in_axes=(0, 0, None))(layer_gates, log_beta, config.kv_heads)
     if policy.past:
         newly_noted["hidden"] = jax.vmap(functools.partial(observations.newest, valid=valid))(noted["hidden"], outputs)
         outputs = jnp.concatenate([noted["hidden"], outputs.astype(noted["hidden"].dtype)], axis=2)
     entropy = observations.entropy_before(decoder, hidden, logits, positions) if policy.entropy else None
-    stream = jnp.arange(config.streams, dtype=jnp.int32).reshape(config.layers, 1, 1, config.kv_heads)
-    written = policies.Written(positions, stream, keys, log_beta, outputs, entropy)
-    stat = policy.stat(written)
-    beside = [jnp.swapaxes(other.stat(observations.written_for(config, other, policy, written)), 2, 3) for other in plan.beside]
+    if gates_wait:
+        stat, beside = jnp.zeros(keys.shape[:-1], jnp.float32), log_beta
+    else:
+        written = policies.Written(positions, plan.streams, keys, log_beta, outputs, entropy)
+        stat = policy.stat(written)
+        beside = [jnp.swapaxes(other.stat(observations.written_for(config, other, policy, written)), 2, 3) for other in plan.beside]
     if policy.attended:
         old, new_buffer = cache_lib.scatter_streams(cache, paid[0])
         new_buffer = jnp.moveaxis(new_buffer.reshape(new_buffer.shape[0], config.layers, config.kv_heads, -1), 0, 1)
         cache = cache._replace(stat=cache.stat + old, buffer_stat=cache.buffer_stat + new_buffer)
         stat = stat + jnp.swapaxes(paid[1], 2, 3)
     return hidden, cache_lib.append(cache, keys, values, stat, valid)._replace(noted=newly_noted), beside
+
+
+def rate(plan: Plan, gates: dict, cache: Cache, first: jax.Array, inputs: jax.Array) -> Cache:
+    """Adds the stat of T tokens, in the write buffer's rows from first[b] on, whose gates waited: inputs [L,B,T,E] of `forward`."""
+    config = plan.config
+    layer_gates = gates_lib.per_layer(gates, config, plan.gate)
+    log_beta = jax.vmap(gates_lib.log_beta, in_axes=(0, 0, None))(layer_gates, inputs, config.kv_heads)
+    rows = first[:, None] + jnp.arange(inputs.shape[2])
+    # [L, B, T, H, D]
+    keys = jnp.swapaxes(jnp.take_along_axis(cache.buffer_keys, rows[None, :, None, :, None], axis=3), 2, 3)
+    written = policies.Written(jnp.take_along_axis(cache.buffer_position, rows, axis=1), plan.streams, keys, log_beta, None, None)
+    stat = jnp.swapaxes(plan.policy.stat(written), 2, 3)
+    added = jax.vmap(lambda buffer, new, rows: buffer.at[..., rows].add(new), in_axes=(1, 1, 0), out_axes=1)(cache.buffer_stat, stat, rows)
+    return cache._replace(buffer_stat=added)
 
 
 @functools.partial(jax.jit, static_argnames="plan")
@@ -175,19 +193,28 @@ def decode(plan: Plan, params, gates, cache: Cache, logits, done, keys, steps, t
     if evicts:
         cache = jax.lax.cond(jnp.max(cache.buffered) + piece > width, plan.evict, lambda cache: cache, cache)
 
+    # Gates that read their weights once a token would take a twentieth of decoding on a CPU: they wait for the piece's end, unless their policy's stat
+    # takes more of each step than the cache holds.
+    policy, first = plan.policy, cache.buffered
+    gates_wait = policy.gated and policy.hidden is None and not policy.entropy
+
     def step(state):
-        i, cache, logits, done, out = state
+        i, cache, logits, done, out, inputs = state
         position_keys = jax.vmap(jax.random.fold_in)(keys, cache.seen)
         token = sample(logits, position_keys, temperature, top_p)
         active = ~done
         out = out.at[:, i].set(jnp.where(active, token, -1))
-        hidden, cache, _ = forward(plan, params, gates, cache, token[:, None], active.astype(jnp.int32), logits)
+        hidden, cache, new = forward(plan, params, gates, cache, token[:, None], active.astype(jnp.int32), logits, gates_wait)
+        if gates_wait:
+            inputs = jax.lax.dynamic_update_slice(inputs, new, (0, 0, i, 0))
         logits = jnp.where(active[:, None], bind(plan.config, params).logits(hidden[:, 0]), logits)
-        return i + 1, cache, logits, done | jnp.isin(token, stop), out
+        return i + 1, cache, logits, done | jnp.isin(token, stop), out, inputs
 
     def going(state):
         return (state[0] < steps) & ~jnp.all(state[3])
 
-    out = jnp.full((logits.shape[0], piece), -1, jnp.int32)
-    _, cache, logits, done, out = jax.lax.while_loop(going, step, (0, cache, logits, done, out))
-    return cache, logits, done, out
+    batch = logits.shape[0]
+    out = jnp.full((batch, piece), -1, jnp.int32)
+    inputs = jnp.zeros((plan.config.layers, batch, piece, plan.config.embed_dim), params["embed"].dtype) if gates_wait else None
+    _, cache, logits, done, out, inputs = jax.lax.while_loop(going, step, (0, cache, logits, done, out, inputs))
+    return (rate(plan, gates, cache, first, inputs) if gates_wait else cache), logits, done, out

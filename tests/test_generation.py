@@ -317,6 +317,28 @@ def test_scoring_is_appending_a_chunk(small, policy):
         scored.score(np.zeros((2, 17), int))
 
 
+@pytest.mark.parametrize("asks", [{}, {"attended": True}, {"entropy": True}], ids=["gates", "attention", "entropy"])
+def test_what_is_decoded_is_rated_as_what_is_read(small, asks):
+    """In decoding gates wait for the end of a piece, and in a batch some sequences end before it."""
+
+    def stat(written):
+        rated = written.log_beta + written.keys[..., 0] + 0.1 * written.position[None, :, :, None] + written.stream
+        return rated if written.entropy is None else rated + written.entropy[None, ..., None]
+
+    policy = policies.Policy(score=lambda stat, position, seen: stat, stat=stat, gated=True, **asks)
+    decoded, read = rows(small, 2, 128, policy, chunk=32), rows(small, 2, 128, policy, chunk=32)
+    for run in (decoded, read):
+        run.append(random_prompts([40, 23]))
+    tokens = decoded.decode_all(20, 1.0, 1.0, seed=0, stop=range(5))
+    shorter, longer = sorted(map(len, tokens))
+    assert shorter < decoded.piece < longer
+    read.append(tokens)
+    for row in (0, 1):
+        jax.tree.map(np.testing.assert_array_equal, kept(decoded, row), kept(read, row))
+        live = int(read.cache.starts[row, -1])
+        np.testing.assert_allclose(decoded.cache.stat[row, :live], read.cache.stat[row, :live], rtol=1e-4, atol=1e-4)
+
+
 def test_a_budget_larger_than_the_context_is_the_full_cache(small):
     run, full = rows(small, 1, 10**9), rows(small, 1, None)
     for r in (run, full):
