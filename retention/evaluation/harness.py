@@ -251,12 +251,11 @@ class Asking:
         tokenizer = self.reader.model.tokenizer
         samples = [self.task.samples[i] for i in batch]
         for cell, rows, seconds in self.reader.rows(wanted, [self.contexts[i] for i in batch]):
-            start = time.time()
+            caches, start = [held(rows, row) for row in range(len(samples))], time.time()
             rounds = list(self.answers(rows, samples))
             seconds |= {"decode_seconds": round((time.time() - start) / len(samples), 4)}
             records = []
-            for row, (i, sample) in enumerate(zip(batch, samples, strict=True)):
-                cache = held(rows, row)
+            for row, (i, sample, cache) in enumerate(zip(batch, samples, caches, strict=True)):
                 for number, asked in enumerate(sample.questions):
                     answer, entries = rounds[number][row]
                     generated = tokenizer.decode(answer)
@@ -272,14 +271,15 @@ class Asking:
             yield cell, records
 
     def answers(self, rows: Rows, samples: Sequence) -> Iterator[list[tuple[list[int], int]]]:
-        """To the first question of every sample, to the second, ...: each asked of a copy of the rows, or in turn where they are turns.
+        """To the first question of every sample, to the second, ...: each asked of a copy of the rows, or in turn where they are turns. The rows go on
+        with the last.
 
         Each with the entries that the cache held at its end. A sample without so many questions says whatever it says.
         """
         tokenizer, config = self.reader.model.tokenizer, self.reader.config
-        turns, ended, going = samples[0].turns, [True] * len(samples), rows
-        for number in range(max(len(sample.questions) for sample in samples)):
-            going = going if turns and number else rows.fork()
+        turns, ended, last = samples[0].turns, [True] * len(samples), max(len(sample.questions) for sample in samples) - 1
+        for number in range(last + 1):
+            going = rows if turns or number == last else rows.fork()
             asked = [sample.questions[number] if number < len(sample.questions) else "" for sample in samples]
             if turns:  # an answer that was cut off is ended first, as a turn must be
                 asked = [question if end else END + question for question, end in zip(asked, ended, strict=True)]

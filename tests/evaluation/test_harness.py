@@ -199,9 +199,9 @@ def test_turns_follow_each_other_and_other_questions_do_not(folder, model, monke
         first, second, third = (tuple(encode(question, bos=False) for question in (one, other)) for one, other in zip(questions, questions, strict=True))
         end = encode(END, bos=False)
         if turns:
-            assert log == [(1, [*first]), (1, [end + second[0], second[1]]), (1, [third[0], end])]
-        else:
-            assert log == [(1, [*first]), (2, [*second]), (3, [third[0], []])]
+            assert log == [(0, [*first]), (0, [end + second[0], second[1]]), (0, [third[0], end])]
+        else:  # the last goes on with the rows themselves
+            assert log == [(1, [*first]), (2, [*second]), (0, [third[0], []])]
 
 
 def test_an_interrupted_run_goes_on_and_says_the_same(folder, whole, tmp_path, monkeypatch):
