@@ -193,8 +193,8 @@ def decode(plan: Plan, params, gates, cache: Cache, logits, done, keys, steps, t
     if evicts:
         cache = jax.lax.cond(jnp.max(cache.buffered) + piece > width, plan.evict, lambda cache: cache, cache)
 
-    # Gates that read their weights once a token would take a twentieth of decoding on a CPU: they wait for the piece's end, unless their policy's stat
-    # takes more of each step than the cache holds.
+    # Nothing looks at a stat before the next selection. So the gates wait for the piece's end, and read their weights once for all its tokens; unless
+    # their policy's stat takes more of each step than the cache holds.
     policy, first = plan.policy, cache.buffered
     gates_wait = policy.gated and policy.hidden is None and not policy.entropy
 
