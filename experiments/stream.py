@@ -12,7 +12,7 @@ from tqdm import tqdm
 from retention import checkpoints
 from retention.evaluation import prose, streaming
 from retention.evaluation.plots import plot_streams
-from retention.generation import Rows
+from retention.rows import Rows
 from retention.runs import RunFolder, write_table
 from retention.training import text
 

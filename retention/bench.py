@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from retention import checkpoints, policies
-from retention.generation import CHUNK, Rows
 from retention.model import Model
+from retention.rows import CHUNK, Rows
 from retention.training.metrics import forget_peak, peak_memory_bytes
 
 

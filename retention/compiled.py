@@ -10,8 +10,8 @@ from pallas_kernels import aot
 from retention import cache as cache_lib
 from retention import gates, policies, programs
 from retention.checkpoints.stacking import parameter_shapes
-from retention.generation import CHUNK, PIECE
 from retention.model import Config
+from retention.rows import CHUNK, PIECE
 
 _QWEN3 = functools.partial(
     Config, vocab_size=151_936, kv_heads=8, head_dim=128, max_positions=40_960, rope_theta=1e6, norm_eps=1e-6, tie_embeddings=True, qk_norm=True

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from retention import cache as cache_lib
 from retention.cache import HIGHEST, LOWEST
-from retention.generation import Rows
+from retention.rows import Rows
 
 INT_MAX, INT_MIN = int(HIGHEST), int(LOWEST)
 quick = settings(max_examples=15, deadline=None)

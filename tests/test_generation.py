@@ -10,8 +10,8 @@ import pytest
 
 from retention import cache, policies, programs
 from retention.evaluation import prose
-from retention.generation import Rows
 from retention.model import bind
+from retention.rows import Rows
 from tests.conftest import small_config, small_model
 
 

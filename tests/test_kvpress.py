@@ -10,8 +10,8 @@ import pytest
 
 import retention
 from retention.checkpoints import download
-from retention.generation import Rows
 from retention.policies import ada_snapkv, expected_attention, keydiff, knorm, kvzip, lagkv, pyramidkv, snapkv, tova, window
+from retention.rows import Rows
 from retention.training import text
 from retention.training.documents import SYSTEM, USER
 

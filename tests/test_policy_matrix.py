@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from retention import cache, generation, policies
-from retention.generation import Rows
+from retention import cache, policies
+from retention import rows as rows_lib
 from retention.policies import expected_attention
+from retention.reading import Reading, reader
+from retention.rows import Rows
 from tests.conftest import small_config, small_model
 from tests.test_generation import Recorder, masked_full_logits, random_prompts
 
@@ -110,9 +112,9 @@ QUICK_READINGS = ("epikv_band", "expected_attention", "knorm", "kvzip")
 @pytest.fixture(scope="module")
 def reading(small):
     """In chunks of 32 and 16 tokens: policies look back over their borders."""
-    before, generation.CHUNK = generation.CHUNK, 32
-    yield generation.Reading(small, evicting(), random_prompts([70, 41], seed=3))
-    generation.CHUNK = before
+    before, rows_lib.CHUNK = rows_lib.CHUNK, 32
+    yield Reading(small, evicting(), random_prompts([70, 41], seed=3))
+    rows_lib.CHUNK = before
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK_READINGS else pytest.mark.slow) for name in evicting()])
@@ -142,11 +144,11 @@ def test_what_retention_does_not_need_is_not_there(small):
 def test_what_cannot_be_read_together_is_said():
     early, late = expected_attention.policy(), dataclasses.replace(expected_attention.policy(), moments=9)
     with pytest.raises(ValueError, match=r"moments from positions \[4, 9\] on cannot share a reading"):
-        generation.reader((early, policies.get("snapkv"), late))
+        reader((early, policies.get("snapkv"), late))
 
 
 def test_a_reading_is_compressed_only_by_those_it_was_made_for(small):
-    reading = generation.Reading(small, ("snapkv", "pyramidkv"), random_prompts([50]))
+    reading = Reading(small, ("snapkv", "pyramidkv"), random_prompts([50]))
     for name in ("expected_attention", "kvzip", "h2o"):
         with pytest.raises(ValueError, match=f"were read for snapkv, pyramidkv, not for {name}"):
             reading.compress(12, name)

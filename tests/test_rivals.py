@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from retention import policies
-from retention.generation import Reading, Rows
 from retention.model import bind, rope_frequencies
 from retention.policies import ada_snapkv, attention, epikv, expected_attention, infokv, keydiff, kvzip, lagkv, pyramidkv, rkv, snapkv, tova
+from retention.reading import Reading
+from retention.rows import Rows
 from tests.test_generation import random_prompts
 
 B, H, G, D, N, Q = 2, 2, 3, 8, 45, 6

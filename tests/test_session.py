@@ -1,8 +1,10 @@
 """What a user calls: load, generate, Session, on a tiny model in a folder; and the real model's memory."""
 
+import dataclasses
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -81,6 +83,84 @@ def test_an_abandoned_stream_leaves_a_session_that_goes_on(model):
         session.append(STORY)
         seen = session.stats.seen_tokens
         assert positions(session) == [list(range(seen - 16, seen))] * model[0].config.streams
+
+
+# Ones that note nothing, queries, moments, hidden states with the tokens before, attention received; and the full cache.
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(budget=np.int64(16), prefill_chunk=32),
+        dict(budget=0.25, policy="retention:lookahead=8", scope="layer", prefill_chunk=None),
+        dict(budget=24, policy="snapkv:window=8", prefill_chunk=32),
+        dict(budget=24, policy="expected_attention", scope="global", prefill_chunk=32, sinks=np.int64(2), window=3),
+        dict(budget=24, policy="epikv_flat", prefill_chunk=32, window=4),
+        dict(budget=24, policy="h2o", prefill_chunk=32),
+        dict(budget=None),
+    ],
+    ids=lambda arguments: f"{arguments.get('policy', 'retention')}-{arguments['budget']}",
+)
+def test_a_restored_session_goes_on_as_the_saved_one(model, tmp_path, arguments):
+    file = tmp_path / "session.safetensors"
+    session = retention.Session(model[0], **arguments)
+    next(session.stream(STORY, max_new_tokens=40))  # abandoned in the middle of an answer
+    session.save(file)
+    restored = retention.Session.restore(model[0], file)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    for _ in range(2):
+        assert positions(restored) == positions(session)
+        saved = session.stats
+        assert restored.stats.kept_entries == saved.kept_entries and restored.stats.seen_tokens == saved.seen_tokens
+        if arguments["budget"] is not None:
+            assert restored.stats == saved
+            assert file.stat().st_size < 2 * saved.allocated_bytes
+        assert (
+            restored.generate(STORY[:200], max_new_tokens=24, temperature=1.0).tokens
+            == session.generate(STORY[:200], max_new_tokens=24, temperature=1.0).tokens
+        )
+
+
+def test_a_session_is_saved_in_the_models_dtype(tmp_path):
+    folder = tiny.write_folder(tmp_path / "model")
+    file, half = tmp_path / "session.safetensors", retention.load(folder, dtype="bfloat16")
+    session = retention.Session(half, budget=16, policy="tova", prefill_chunk=32)
+    session.append(STORY)
+    session.save(file)
+    assert retention.Session.restore(half, file).generate(max_new_tokens=12).tokens == session.generate(max_new_tokens=12).tokens
+    with pytest.raises(ValueError, match="another model, which differs in its dtype"):
+        retention.Session.restore(retention.load(folder), file)
+
+
+def test_sessions_that_cannot_be_saved_or_restored(model, tmp_path):
+    file, other = tmp_path / "session.safetensors", tmp_path / "other.safetensors"
+    with pytest.raises(ValueError, match="nothing was appended to this session"):
+        retention.Session(model[0]).save(file)
+    nameless = retention.Session(model[0], budget=16, policy=retention.policies.Policy(score=lambda stat, position, seen: 1.0 * position))
+    nameless.append(STORY)
+    with pytest.raises(ValueError, match="policy must be a registered name for a session to be saved"):
+        nameless.save(file)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError, match="there is no session file"):
+        retention.Session.restore(model[0], file)
+
+    session = retention.Session(model[0], budget=16)
+    session.append(STORY)
+    session.save(file)
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:-100], whole[:50], (tmp_path / "model").name.encode()):
+        other.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is not a session file as Session.save writes it, or it is damaged"):
+            retention.Session.restore(model[0], other)
+    gates_file.save(other, model[0].gates)
+    with pytest.raises(ValueError, match="is not a session file"):
+        retention.Session.restore(model[0], other)
+    with pytest.raises(ValueError, match="this policy ranks by learned gates and the model has none"):
+        retention.Session.restore(model[1], file)
+    changed = {**model[0].params, "norm": model[0].params["norm"] * 1.01}
+    with pytest.raises(ValueError, match="is of another model, which differs in its weights"):
+        retention.Session.restore(dataclasses.replace(model[0], params=changed), file)
+    gates = dataclasses.replace(model[0].gates, params=jax.tree.map(lambda leaf: leaf + 1, model[0].gates.params))
+    with pytest.raises(ValueError, match="another model, which differs in its gates"):
+        retention.Session.restore(dataclasses.replace(model[0], gates=gates), file)
 
 
 def test_generate_equals_sessions_alone(model):

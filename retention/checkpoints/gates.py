@@ -1,25 +1,19 @@
 """Gates as one safetensors file: float32 arrays, and their config and training record as JSON in the header."""
 
 import dataclasses
-import json
 import pathlib
 
 import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from retention import gates
+from retention.checkpoints import arrays
 from retention.model import Config
 
 
 def save(path: str | pathlib.Path, trained: gates.TrainedGates) -> None:
     """Writes the file whole or not at all."""
-    path = pathlib.Path(path)
-    metadata = {"gate": json.dumps(dataclasses.asdict(trained.config)), "record": json.dumps(trained.record)}
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(safetensors.numpy.save({name: np.asarray(leaf) for name, leaf in trained.params.items()}, metadata))
-    partial.replace(path)
+    arrays.save(path, trained.params, {"gate": dataclasses.asdict(trained.config), "record": trained.record})
 
 
 def load(path: str | pathlib.Path, config: Config) -> gates.TrainedGates:
@@ -28,17 +22,11 @@ def load(path: str | pathlib.Path, config: Config) -> gates.TrainedGates:
     Raises:
       FileNotFoundError: no such file. ValueError: not a gates file, gates for a model of another shape, or NaN or infinity in them.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no gates file {path}")
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            params = {name: file.get_tensor(name) for name in file.keys()}
-        gate = gates.GateConfig(**json.loads(metadata["gate"]))
-        record = dict(json.loads(metadata["record"]))
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a gates file as train_gates or export writes it, or it is damaged: {error}") from error
+
+    def parts(params, facts):
+        return params, gates.GateConfig(**facts["gate"]), dict(facts["record"])
+
+    params, gate, record = arrays.load(path, parts, "gates file", "train_gates or export")
     wanted = jax.eval_shape(lambda: gates.init(config, gate))
     shapes = {name: leaf.shape for name, leaf in wanted.items()}
     found = {name: leaf.shape for name, leaf in params.items()}

@@ -21,11 +21,12 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from retention import cache as cache_lib
-from retention import checkpoints, generation, policies
+from retention import checkpoints, policies
 from retention.evaluation import plots, prose, tasks
-from retention.generation import Rows
 from retention.model import Model
 from retention.names import check_name
+from retention.reading import Reading, reader
+from retention.rows import Rows
 from retention.runs import RunFolder, write_table
 from retention.training import text
 from retention.training.documents import END
@@ -81,7 +82,7 @@ def check_cells(config: ConfigDict, model: Model, table: Sequence[Cell]) -> None
 
     Also for policies of config.one_shot that cannot share a reading. A fraction of contexts that are not loaded yet: `check_fractions`.
     """
-    generation.reader(tuple(policies.get(name) for name in config.one_shot))
+    reader(tuple(policies.get(name) for name in config.one_shot))
     for cell in table:
         with naming(cell):
             empty_rows(config, model, cell, batch=1)
@@ -202,7 +203,7 @@ class Reader:
             yield cell, rows, {"prefill_seconds": settled(rows, start), "evict_seconds": 0.0}
         if shared:
             start = time.time()
-            reading = generation.Reading(self.model, list(shared), contexts)
+            reading = Reading(self.model, list(shared), contexts)
             seconds = settled(reading.full, start)
         for policy, own in shared.items():
             start = time.time()

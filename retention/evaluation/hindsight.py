@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from retention.evaluation import prose
-from retention.generation import Reading, Rows
 from retention.model import Model
+from retention.reading import Reading
+from retention.rows import Rows
 
 
 def future_attention(reading: Reading, continuations: Sequence[Sequence[int]]) -> jax.Array:

@@ -10,8 +10,8 @@ import optax
 
 from retention import cache as cache_lib
 from retention import programs
-from retention.generation import Rows
 from retention.model import bind
+from retention.rows import Rows
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 
 from retention.evaluation import needles
-from retention.generation import Rows
 from retention.model import Model
+from retention.rows import Rows
 from retention.training.documents import ASK, END, SYSTEM, USER
 
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from configs import eval_leaderboard, eval_needles, eval_prose, eval_reasoning, eval_ruler
-from retention import generation, policies
+from retention import policies
 from retention.checkpoints import gates as gates_file
 from retention.evaluation import harness, needles, prose, tasks
-from retention.generation import Rows
+from retention.rows import Rows
 from retention.runs import RunFolder
 from retention.training.documents import ASK, END, USER
 from tests import tiny
@@ -181,7 +181,7 @@ class Scripted:
         assert temperature == 0
         yield from np.split(self.replies.pop(0), [2], axis=1)
 
-    decode_all = generation.Rows.decode_all
+    decode_all = Rows.decode_all
 
 
 def test_turns_follow_each_other_and_other_questions_do_not(folder, model, monkeypatch):
@@ -248,8 +248,8 @@ def test_a_killed_run_goes_on(folder, whole, tmp_path):
 
 
 def test_policies_and_budgets_share_a_reading(folder, model, monkeypatch):
-    readings, read = [], generation.Reading
-    monkeypatch.setattr(generation, "Reading", lambda *arguments: readings.append(arguments[1]) or read(*arguments))
+    readings, read = [], harness.Reading
+    monkeypatch.setattr(harness, "Reading", lambda *arguments: readings.append(arguments[1]) or read(*arguments))
     config = config_of(folder, policies=("keydiff", "retention"), one_shot=("keydiff", "window"), budgets=(0.25, 0.5))
     contexts = [list(range(3, 303)), list(range(40, 320))]
     cells = [cell for cell in harness.cells(config) if cell.task == "prose"]

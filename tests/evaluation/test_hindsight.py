@@ -9,7 +9,7 @@ import pytest
 
 from retention import cache
 from retention.evaluation import hindsight
-from retention.generation import Reading
+from retention.reading import Reading
 from tests.test_generation import random_prompts
 from tests.tiny import write_folder
 

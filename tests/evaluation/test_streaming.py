@@ -11,7 +11,7 @@ import pytest
 from retention import checkpoints
 from retention.checkpoints import gates as gates_file
 from retention.evaluation import streaming
-from retention.generation import Rows
+from retention.rows import Rows
 from tests.conftest import small_config, small_model
 from tests.tiny import write_folder
 

@@ -1,0 +1,326 @@
+"""B sequences that run together, each under its own budget: chunked prefill and decoding over the slot pool.
+
+The host only feeds prompts in and takes generated tokens out, a piece of several at a time; nothing is read back for a single token, and no shape
+depends on the prompt.
+"""
+
+import dataclasses
+import functools
+import numbers
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retention import cache as cache_lib
+from retention import observations, policies, programs
+from retention.cache import Cache
+from retention.model import Model
+from retention.names import check_name
+from retention.programs import Plan
+
+CHUNK = 256  # tokens that go through the layers at once, and the write buffer's length where prefill_chunk does not say
+PIECE = 16  # tokens decoded between two looks of the host
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """kept_entries: live entries over all streams. capacity: the most that may stay, S*M. allocated_bytes: of this sequence's cache arrays.
+    seen_tokens: tokens appended and generated."""
+
+    kept_entries: int
+    capacity: int
+    allocated_bytes: int
+    seen_tokens: int
+
+
+def check_budget(budget, sinks: int, window: int | Callable, floor: int) -> None:
+    """Raises ValueError for a budget that is no budget, or too small for what is protected."""
+    if budget is None:
+        return
+    if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
+        raise ValueError(f"budget must be a whole number of tokens per stream, a fraction in (0, 1] or None, got {budget!r}")
+    if isinstance(budget, numbers.Integral):
+        if budget < 1:
+            raise ValueError(f"budget must be at least 1 token per stream (or None for the full cache), got {budget}")
+    elif not 0 < budget <= 1:
+        raise ValueError(f"a fractional budget must be in (0, 1], got {budget}; for tokens per stream give a whole number")
+    if isinstance(budget, numbers.Integral):
+        check_protected(budget, sinks, window, floor)
+
+
+def check_protected(budget: int, sinks: int, window: int | Callable, floor: int) -> None:
+    window = int(window(budget)) if callable(window) else window
+    if budget < sinks + window + floor:
+        part = f" + floor = {sinks} + {window} + {floor}" if floor else f" = {sinks} + {window}"
+        raise ValueError(f"budget {budget} is smaller than sinks + window{part}, which are always kept; raise it or protect fewer")
+
+
+def roomy(tokens: int) -> int:
+    """tokens, rounded up by at most 1/16: sizes that follow the data then share compilations."""
+    step = max(1, 1 << max(0, tokens.bit_length() - 5))
+    return -(-tokens // step) * step
+
+
+class Rows:
+    """B sequences that run together, each under its own budget. What `Session` and `generate` share.
+
+    Between calls the write buffer is empty, unless nothing is ever evicted: then it is the full cache.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        batch: int,
+        budget: int | float | None,
+        policy: str | policies.Policy = "retention",
+        scope: str | None = None,
+        prefill_chunk: int | None = 256,
+        sinks: int | None = None,
+        window: int | None = None,
+    ):
+        policy = policies.get(policy) if isinstance(policy, str) else policy
+        if not isinstance(policy, policies.Policy):
+            raise ValueError(f"policy must be one of {', '.join(policies.names())}, or a Policy, got {policy!r}")
+        scope = policy.scope if scope is None else scope
+        check_name("scope", scope, cache_lib.SCOPES)
+        if scope not in policy.scopes:
+            raise ValueError(f"this policy makes no sense under scope={scope!r}; its scope may be {' or '.join(policy.scopes)}")
+        for name, value in (("sinks", sinks), ("window", window)):
+            if value is not None and (not isinstance(value, numbers.Integral) or value < 0):
+                raise ValueError(f"{name} must be a whole number of tokens, 0 or more, or None for the policy's own, got {value!r}")
+        if prefill_chunk is not None and (not isinstance(prefill_chunk, numbers.Integral) or prefill_chunk < 1):
+            raise ValueError(f"prefill_chunk must be at least 1 token, or None for one-shot prefill, got {prefill_chunk!r}")
+        trained = model.gates
+        if sinks is None:
+            sinks = policy.sinks
+            if sinks is None:
+                sinks = trained.config.sinks if trained else 0
+        window = policy.window if window is None else int(window)
+        check_budget(budget, sinks, window, policy.floor)
+        if policy.floor and scope != "global":
+            raise ValueError(f"a policy with a floor needs scope='global', got scope={scope!r}; the other scopes fix each share already")
+        # As many tokens as the model can use are the full cache.
+        whole = isinstance(budget, numbers.Integral) and budget >= model.config.max_positions
+        self.budget = None if policy.score is None or whole else budget
+        if self.budget is None:
+            policy = policies.get("full")
+        self.model, self.batch = model, batch
+        self._follow(policy, scope, int(sinks), window)
+        self.one_shot = prefill_chunk is None
+        self.width = prefill_chunk or CHUNK
+        self.piece = min(PIECE, self.width)
+        self.cache: Cache | None = None
+        self.logits = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
+        self.most_seen = 0  # of any sequence, at most: what the host knows without asking the device
+        self.warned = False
+        self.settled = True  # the write buffer is empty, or the full cache
+
+    def _follow(self, policy: policies.Policy, scope: str, sinks: int, window: int | Callable) -> None:
+        trained = self.model.gates
+        if policy.gated and trained is None:
+            raise ValueError("this policy ranks by learned gates and the model has none: load it with gates='shipped' or the path of trained gates")
+        self.window = window
+        self.plan = Plan(self.model.config, trained.config if policy.gated else None, policy, scope, sinks, None if callable(window) else window)
+        self.gates = trained.params if policy.gated else None
+
+    @property
+    def evicts(self) -> bool:
+        return self.budget is not None
+
+    def budgets(self, lengths: Sequence[int]) -> list[int]:
+        """Tokens per stream of each sequence, whose first prompt has `lengths` tokens; a fraction is one of them, and at least one token.
+
+        Zeros where nothing is evicted. Raises ValueError for a fraction that is smaller than what is always kept.
+        """
+        if not self.evicts:
+            return [0] * len(lengths)
+        if isinstance(self.budget, numbers.Integral):
+            return [int(self.budget)] * len(lengths)
+        budgets = [max(1, int(self.budget * length)) for length in lengths]
+        for budget in budgets:
+            check_protected(budget, self.plan.sinks, self.window, self.plan.policy.floor)
+        return budgets
+
+    def _open(self, lengths: Sequence[int]) -> None:
+        """The cache, once the first prompts' lengths are known."""
+        config, budgets = self.model.config, self.budgets(lengths)
+        slots = config.streams * (max(budgets) if isinstance(self.budget, numbers.Integral) else roomy(max(budgets)))
+        dtype = self.model.params["embed"].dtype
+        self.cache = cache_lib.init(
+            config.layers, config.kv_heads, config.head_dim, budgets, slots, self.width, dtype,
+            observations.nothing_noted(config, self.plan.policy, self.batch, dtype),
+        )  # fmt: skip
+
+    def _room(self, tokens: int) -> None:
+        """Makes the write buffer long enough for `tokens`."""
+        if tokens > self.cache.buffer_position.shape[1]:
+            self.cache = cache_lib.with_buffer(self.cache, roomy(tokens))
+
+    def _saw(self, tokens: int) -> None:
+        self.most_seen += tokens
+        trained_for = self.model.config.max_positions
+        if self.most_seen > trained_for and not self.warned:
+            self.warned = True
+            warnings.warn(f"{self.most_seen} tokens are beyond the {trained_for} that this model was trained for; answers may degrade", stacklevel=4)
+        policy = self.plan.policy
+        if self.evicts and (policy.streams or policy.attended):
+            slots, config = self.cache.position.shape[1], self.model.config
+            share = slots // config.streams
+            # A stream may hold its share, its layer's, or, competing with all, everything that it has seen.
+            longest = {"head": share, "shared": share, "layer": config.kv_heads * share, "global": min(slots, roomy(self.most_seen))}[self.plan.scope]
+            longest = min(slots, 2 * longest) if policy.layer_budgets else longest
+            self.plan = dataclasses.replace(self.plan, longest=longest)
+
+    def _evict(self) -> None:
+        self.cache = programs.evict(self.plan, self.cache)
+
+    def settle(self) -> None:
+        """Ends a decode, finished or abandoned, with a selection: the buffer is then free for the next tokens."""
+        if self.evicts and not self.settled:
+            self._evict()
+        self.settled = True
+
+    def append(self, prompts: Sequence[Sequence[int]]) -> list[jax.Array]:
+        """Feeds each sequence its tokens, evicting after each chunk (one-shot: once, at the end).
+
+        Returns the stats [L, B, H, tokens] of the policies of plan.beside.
+        """
+        self.settle()
+        lengths = [len(prompt) for prompt in prompts]
+        if self.cache is None:
+            self._open(lengths)
+        self._saw(max(lengths))
+        chunk = CHUNK if self.one_shot or not self.evicts else self.width
+        if not self.evicts:
+            self._room(self.most_seen + chunk)
+        elif self.one_shot:
+            self._room(max(lengths) + chunk)
+        rereads = self.plan.policy.reread > 0
+        beside = []
+        for begin in range(0, max(lengths), chunk):
+            left = max(lengths) - begin
+            # The last chunk is cut to the next power of two: a short question should not cost a whole chunk.
+            size = min(chunk, max(32, 1 << (left - 1).bit_length()))
+            parts = [prompt[begin : begin + size] for prompt in prompts]
+            tokens, valid = padded(parts, size)
+            evict = self.evicts and (left <= size or not self.one_shot)
+            self.cache, self.logits, stats = programs.prefill(
+                self.plan, self.model.params, self.gates, self.cache, tokens, valid, self.logits, evict=evict and not rereads
+            )
+            beside.append(stats)
+            if evict and rereads:
+                self._reread(prompts if self.one_shot else parts)
+                self._evict()
+        if self.evicts and self.one_shot:
+            self.cache = cache_lib.with_buffer(self.cache, self.width)
+        return [jnp.concatenate(stats, axis=3) for stats in zip(*beside, strict=True)]
+
+    def score(self, tokens: np.ndarray) -> jax.Array:
+        """[B,T,V]: the logits of each of the tokens [B,T], before it was seen. Then they are in the cache, as one chunk of `append`.
+
+        Raises ValueError if T is more than the write buffer holds.
+        """
+        if tokens.shape[1] > self.width:
+            raise ValueError(f"tokens must be at most {self.width} a sequence, the length of the write buffer (prefill_chunk), got {tokens.shape[1]}")
+        self.settle()
+        self._saw(tokens.shape[1])
+        if not self.evicts:
+            self._room(self.most_seen + CHUNK)
+        rereads = self.plan.policy.reread > 0
+        self.cache, predicted, self.logits = programs.score(
+            self.plan, self.model.params, self.gates, self.cache, jnp.asarray(tokens), self.logits, evict=self.evicts and not rereads
+        )
+        if rereads:
+            self._reread(tokens.tolist())
+            self._evict()
+        return predicted
+
+    def _reread(self, read: Sequence[Sequence[int]]) -> None:
+        """Reads the newest tokens of each sequence, which the buffer ends with, once more, as many at a time as the policy says.
+
+        The chat template's opening is not read again, as in KVzip.
+        """
+        start = self.cache.buffered - jnp.asarray([len(tokens) for tokens in read], jnp.int32)
+        opening = turn(self.model)[0]
+        before = np.array([len(opening) if list(tokens[: len(opening)]) == opening else 0 for tokens in read], np.int32)
+        read = [tokens[skipped:] for tokens, skipped in zip(read, before, strict=True)]
+        chunk = self.plan.policy.reread
+        for begin in range(0, max(map(len, read)), chunk):
+            parts = [tokens[begin : begin + chunk] for tokens in read]
+            asking = [request(self.model, tokens[:begin]) + list(part) if part else [] for tokens, part in zip(read, parts, strict=True)]
+            tokens, valid = padded(asking, roomy(max(map(len, asking))))
+            first, count = start + before + begin, np.array([len(part) for part in parts], np.int32)
+            skipped = start if begin == 0 else first
+            stat = programs.reread(self.plan, self.model.params, self.cache, tokens, valid, skipped, first, count)
+            self.cache = self.cache._replace(buffer_stat=stat)
+
+    def fork(self) -> "Rows":
+        """The same sequences, to go on by themselves."""
+        other = object.__new__(Rows)
+        other.__dict__.update(self.__dict__)
+        # Programs consume the cache they are given, so the two may not share arrays.
+        other.cache = jax.tree.map(jnp.copy, self.cache)
+        return other
+
+    def decode(self, max_new_tokens: int, temperature: float, top_p: float, seed: int, stop: Sequence[int]) -> Iterator[np.ndarray]:
+        """Yields [B, piece] tokens at a time, -1 past a sequence's end, until all have ended or have max_new_tokens."""
+        self.settle()
+        done = jnp.zeros(self.batch, bool)
+        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(self.batch))
+        stop = jnp.asarray(list(stop) or [-1], jnp.int32)
+        for begin in range(0, max_new_tokens, self.piece):
+            steps = min(self.piece, max_new_tokens - begin)
+            self._saw(steps)
+            if not self.evicts:
+                self._room(self.most_seen + 1)
+            self.settled = False
+            self.cache, self.logits, done, tokens = programs.decode(
+                self.plan, self.model.params, self.gates, self.cache, self.logits, done, keys, steps, temperature, top_p, stop,
+                piece=self.piece, evicts=self.evicts,
+            )
+            yield np.asarray(tokens)
+            if bool(done.all()):
+                break
+        self.settle()
+
+    def decode_all(self, max_new_tokens: int, temperature: float, top_p: float, seed: int, stop: Sequence[int]) -> list[list[int]]:
+        """The tokens of each sequence, as `decode` yields them, to its end."""
+        tokens = np.concatenate(list(self.decode(max_new_tokens, temperature, top_p, seed, stop)), axis=1)
+        return [[int(token) for token in row if token >= 0] for row in tokens]
+
+    def stats(self, row: int) -> Stats:
+        streams = self.model.config.streams
+        if self.cache is None:
+            return Stats(0, 0, 0, 0)
+        width = self.cache.buffer_position.shape[1]
+        capacity = streams * (int(self.cache.budget[row]) if self.evicts else width)
+        kept = int(cache_lib.kept_entries(self.cache)[row])
+        return Stats(kept, capacity, cache_lib.allocated_bytes(self.cache) // self.batch, int(self.cache.seen[row]))
+
+
+def padded(rows: Sequence[Sequence[int]], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """[B, size] int32 tokens, zeros behind each row's, and [B] int32 how many each has."""
+    tokens, valid = np.zeros((len(rows), size), np.int32), np.array([len(row) for row in rows], np.int32)
+    for row, own in enumerate(rows):
+        tokens[row, : len(own)] = own
+    return tokens, valid
+
+
+def turn(model: Model) -> tuple[list[int], list[int]]:
+    """The token ids between which the chat template puts a conversation's first turn. Without a template there are none."""
+    tokenizer = model.tokenizer
+    if tokenizer is None or not tokenizer.chat_template:
+        return [], []
+    opening, closing = tokenizer.turn()
+    return tokenizer.encode(opening, bos=True), tokenizer.encode(closing, bos=False)
+
+
+def request(model: Model, before: Sequence[int]) -> list[int]:
+    """What asks the model to repeat the part of the context that follows `before` (KVzip). Without a tokenizer nothing asks."""
+    if model.tokenizer is None:
+        return []
+    text = "\n\nRepeat the part of the previous context exactly, starting with" if before else "\n\nRepeat the previous context exactly."
+    return model.tokenizer.encode(text, bos=False) + list(before[-8:]) + turn(model)[1]
