@@ -5,6 +5,7 @@ Shapes depend on budget and chunk alone, never on the prompt, and nothing in a p
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,11 +51,21 @@ class Plan:
         return cache_lib.select(cache, scores, self.scope, self.sinks, window, policy.floor, layer_budgets)
 
 
-def forward(plan: Plan, params: dict, gates: dict | None, cache: Cache, tokens: jax.Array, valid: jax.Array, logits: jax.Array, gates_wait: bool = False):
+class Fed(NamedTuple):
+    """What `forward` returns."""
+
+    hidden: jax.Array  # [B, T, E], of the last layer
+    cache: Cache
+    beside: list[jax.Array]  # [L, B, H, T] for each policy of plan.beside, its stat; none where the gates wait
+    unrated: jax.Array | None  # [L, B, T, E], what the gates are to read where they wait
+
+
+def forward(
+    plan: Plan, params: dict, gates: dict | None, cache: Cache, tokens: jax.Array, valid: jax.Array, logits: jax.Array, gates_wait: bool = False
+) -> Fed:
     """Feeds each sequence its next valid[b] of tokens [B,T]; they attend to pool, buffer and themselves.
 
-    logits [B,V]: what predicted the first of them. Returns hidden [B,T,E], the new cache, and for each policy of plan.beside its stat [L,B,H,T]; with
-    `gates_wait`, which leaves the stat to `rate`, what the gates are to read [L,B,T,E] in place of that.
+    logits [B,V]: what predicted the first of them. gates_wait: the new entries' stat is left to `rate`.
     """
     config, policy, noted = plan.config, plan.policy, cache.noted
     decoder = bind(config, params)
@@ -67,10 +78,11 @@ def forward(plan: Plan, params: dict, gates: dict | None, cache: Cache, tokens: 
     # XLA copies in every round.
     def attend(carry, layer_input, q, k, v, h):
         layer, gate, noted = layer_input
-        log_beta = h if gates_wait else None if gate is None else gates_lib.log_beta(gate, h, config.kv_heads)
+        log_beta = None if gate is None else gates_lib.log_beta(gate, h, config.kv_heads)
         out = cached_attention(q, k, v, valid, *pool, *buffer, layer)
         paid = observations.received(cache, layer, plan.longest, q, k, valid) if policy.attended else None
-        return carry, out, (k, v, log_beta, observations.note_queries(config, policy, noted, q, positions, valid), paid)
+        newly_noted = observations.note_queries(config, policy, noted, q, positions, valid)
+        return carry, out, (k, v, log_beta, newly_noted, paid, h if gates_wait else None)
 
     layer_gates = gates_lib.per_layer(gates, config, plan.gate) if policy.gated and not gates_wait else None
     layer_inputs = (jnp.arange(config.layers, dtype=jnp.int32), layer_gates, by_layer)
@@ -79,13 +91,13 @@ def forward(plan: Plan, params: dict, gates: dict | None, cache: Cache, tokens: 
     if policy.hidden is not None:
         new, outputs = new
         outputs = outputs[jnp.asarray(policy.hidden(config.layers))]
-    keys, values, log_beta, newly_noted, paid = new
+    keys, values, log_beta, newly_noted, paid, unrated = new
     if policy.past:
         newly_noted["hidden"] = jax.vmap(functools.partial(observations.newest, valid=valid))(noted["hidden"], outputs)
         outputs = jnp.concatenate([noted["hidden"], outputs.astype(noted["hidden"].dtype)], axis=2)
     entropy = observations.entropy_before(decoder, hidden, logits, positions) if policy.entropy else None
     if gates_wait:
-        stat, beside = jnp.zeros(keys.shape[:-1], jnp.float32), log_beta
+        stat, beside = jnp.zeros(keys.shape[:-1], jnp.float32), []
     else:
         written = policies.Written(positions, plan.streams, keys, log_beta, outputs, entropy)
         stat = policy.stat(written)
@@ -95,15 +107,15 @@ def forward(plan: Plan, params: dict, gates: dict | None, cache: Cache, tokens: 
         new_buffer = jnp.moveaxis(new_buffer.reshape(new_buffer.shape[0], config.layers, config.kv_heads, -1), 0, 1)
         cache = cache._replace(stat=cache.stat + old, buffer_stat=cache.buffer_stat + new_buffer)
         stat = stat + jnp.swapaxes(paid[1], 2, 3)
-    return hidden, cache_lib.append(cache, keys, values, stat, valid)._replace(noted=newly_noted), beside
+    return Fed(hidden, cache_lib.append(cache, keys, values, stat, valid)._replace(noted=newly_noted), beside, unrated)
 
 
-def rate(plan: Plan, gates: dict, cache: Cache, first: jax.Array, inputs: jax.Array) -> Cache:
-    """Adds the stat of T tokens, in the write buffer's rows from first[b] on, whose gates waited: inputs [L,B,T,E] of `forward`."""
+def rate(plan: Plan, gates: dict, cache: Cache, first: jax.Array, unrated: jax.Array) -> Cache:
+    """Adds the stat of T tokens, in the write buffer's rows from first[b] on, whose gates waited: unrated [L,B,T,E], as `forward` has it."""
     config = plan.config
     layer_gates = gates_lib.per_layer(gates, config, plan.gate)
-    log_beta = jax.vmap(gates_lib.log_beta, in_axes=(0, 0, None))(layer_gates, inputs, config.kv_heads)
-    rows = first[:, None] + jnp.arange(inputs.shape[2])
+    log_beta = jax.vmap(gates_lib.log_beta, in_axes=(0, 0, None))(layer_gates, unrated, config.kv_heads)
+    rows = first[:, None] + jnp.arange(unrated.shape[2])
     # [L, B, T, H, D]
     keys = jnp.swapaxes(jnp.take_along_axis(cache.buffer_keys, rows[None, :, None, :, None], axis=3), 2, 3)
     written = policies.Written(jnp.take_along_axis(cache.buffer_position, rows, axis=1), plan.streams, keys, log_beta, None, None)
@@ -138,9 +150,9 @@ def reread(plan: Plan, params, cache: Cache, tokens, valid, skipped, first, coun
 def prefill(plan: Plan, params, gates, cache: Cache, tokens, valid, logits, evict: bool) -> tuple[Cache, jax.Array, list[jax.Array]]:
     """One chunk: tokens [B,T], of which valid[b] count, then a selection if asked. logits [B,V] of the last token so far are carried along.
 
-    Returns cache, logits and what `forward` has for plan.beside.
+    Returns cache, logits and `Fed.beside`.
     """
-    hidden, cache, beside = forward(plan, params, gates, cache, tokens, valid, logits)
+    hidden, cache, beside, _ = forward(plan, params, gates, cache, tokens, valid, logits)
     last = jnp.take_along_axis(hidden, jnp.maximum(valid - 1, 0)[:, None, None], axis=1)[:, 0]
     logits = jnp.where(valid[:, None] > 0, bind(plan.config, params).logits(last), logits)
     return (plan.evict(cache) if evict else cache), logits, beside
@@ -149,7 +161,7 @@ def prefill(plan: Plan, params, gates, cache: Cache, tokens, valid, logits, evic
 @functools.partial(jax.jit, static_argnames=("plan", "evict"), donate_argnames="cache")
 def score(plan: Plan, params, gates, cache: Cache, tokens, logits, evict: bool) -> tuple[Cache, jax.Array, jax.Array]:
     """As `prefill`, of tokens [B,T] that all count. Returns cache, what was predicted of each token [B,T,V], and what is of the next [B,V]."""
-    hidden, cache, _ = forward(plan, params, gates, cache, tokens, jnp.full(tokens.shape[0], tokens.shape[1]), logits)
+    hidden, cache, *_ = forward(plan, params, gates, cache, tokens, jnp.full(tokens.shape[0], tokens.shape[1]), logits)
     after = bind(plan.config, params).logits(hidden)
     return (plan.evict(cache) if evict else cache), jnp.concatenate([logits[:, None], after[:, :-1]], axis=1), after[:, -1]
 
@@ -199,22 +211,22 @@ def decode(plan: Plan, params, gates, cache: Cache, logits, done, keys, steps, t
     gates_wait = policy.gated and policy.hidden is None and not policy.entropy
 
     def step(state):
-        i, cache, logits, done, out, inputs = state
+        i, cache, logits, done, out, unrated = state
         position_keys = jax.vmap(jax.random.fold_in)(keys, cache.seen)
         token = sample(logits, position_keys, temperature, top_p)
         active = ~done
         out = out.at[:, i].set(jnp.where(active, token, -1))
-        hidden, cache, new = forward(plan, params, gates, cache, token[:, None], active.astype(jnp.int32), logits, gates_wait)
+        hidden, cache, _, new = forward(plan, params, gates, cache, token[:, None], active.astype(jnp.int32), logits, gates_wait)
         if gates_wait:
-            inputs = jax.lax.dynamic_update_slice(inputs, new, (0, 0, i, 0))
+            unrated = jax.lax.dynamic_update_slice(unrated, new, (0, 0, i, 0))
         logits = jnp.where(active[:, None], bind(plan.config, params).logits(hidden[:, 0]), logits)
-        return i + 1, cache, logits, done | jnp.isin(token, stop), out, inputs
+        return i + 1, cache, logits, done | jnp.isin(token, stop), out, unrated
 
     def going(state):
         return (state[0] < steps) & ~jnp.all(state[3])
 
     batch = logits.shape[0]
     out = jnp.full((batch, piece), -1, jnp.int32)
-    inputs = jnp.zeros((plan.config.layers, batch, piece, plan.config.embed_dim), params["embed"].dtype) if gates_wait else None
-    _, cache, logits, done, out, inputs = jax.lax.while_loop(going, step, (0, cache, logits, done, out, inputs))
-    return (rate(plan, gates, cache, first, inputs) if gates_wait else cache), logits, done, out
+    unrated = jnp.zeros((plan.config.layers, batch, piece, plan.config.embed_dim), params["embed"].dtype) if gates_wait else None
+    _, cache, logits, done, out, unrated = jax.lax.while_loop(going, step, (0, cache, logits, done, out, unrated))
+    return (rate(plan, gates, cache, first, unrated) if gates_wait else cache), logits, done, out
