@@ -216,6 +216,7 @@ def select(
     window: int | jax.Array = 0,
     floor: int = 0,
     layer_budgets: jax.Array | None = None,
+    lowest: float = -np.inf,
 ) -> Cache:
     """One eviction: ranks pool and buffer together, keeps the best within the budget, and compacts them into the pool; the buffer ends empty.
 
@@ -226,6 +227,7 @@ def select(
       sinks, window: the first and the newest positions that always stay; window may be [B]. sinks + window + floor <= M.
       floor: entries that every stream keeps whatever the others score (scope global).
       layer_budgets: [B, L] int32, what stands for M in each layer (scope head): at most 2M, and M on average.
+      lowest: entries that are not protected and score below it go even where there is room.
     """
     batch, slots = cache.position.shape
     layers, _, heads, width = cache.buffer_stat.shape
@@ -234,7 +236,10 @@ def select(
 
     def keys_of(score, position, valid):
         newest = (cache.seen - window).reshape(batch, *[1] * (score.ndim - 1))
-        return ordered_keys(score, valid, (position < sinks) | (position >= newest))
+        protected = (position < sinks) | (position >= newest)
+        if lowest > -np.inf:
+            valid &= protected | (score >= lowest)
+        return ordered_keys(score, valid, protected)
 
     old_score, new_score = scores
     # The pool's entries, [B, C], and which of them are live; the buffer's, [B, S, W].

@@ -48,7 +48,7 @@ class Plan:
         window = self.window if self.window is not None else policy.window(cache.budget)
         if policy.layer_budgets is not None:
             layer_budgets = policy.layer_budgets(cache.budget, cache.seen, self.config.layers)
-        return cache_lib.select(cache, scores, self.scope, self.sinks, window, policy.floor, layer_budgets)
+        return cache_lib.select(cache, scores, self.scope, self.sinks, window, policy.floor, layer_budgets, policy.lowest)
 
 
 class Fed(NamedTuple):

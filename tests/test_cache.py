@@ -48,9 +48,9 @@ def by_stat(stat, position, seen):
     return stat * (seen - position)
 
 
-@functools.partial(jax.jit, static_argnames=("scope", "sinks", "window", "floor"))
-def select(cache, scope, sinks=0, window=0, floor=0):
-    return cache_lib.select(cache, cache_lib.entry_scores(cache, by_stat), scope, sinks, window, floor)
+@functools.partial(jax.jit, static_argnames=("scope", "sinks", "window", "floor", "lowest"))
+def select(cache, scope, sinks=0, window=0, floor=0, lowest=-np.inf):
+    return cache_lib.select(cache, cache_lib.entry_scores(cache, by_stat), scope, sinks, window, floor, lowest=lowest)
 
 
 append = jax.jit(cache_lib.append)
@@ -97,14 +97,17 @@ class Lists:
             self.buffer[stream] += [(self.seen + i, float(value)) for i, value in enumerate(new)]
         self.seen += stat.shape[1]
 
-    def best(self, found, limit, sinks, window):
-        """The first `limit` of found, a list of (score, position, entry) in slot order: protected ones, then high scores, then slot order."""
+    def best(self, found, limit, sinks, window, lowest=-np.inf):
+        """The first `limit` of found, a list of (score, position, entry) in slot order: protected ones, then high scores, then slot order.
+
+        Without those that are not protected and score below `lowest`.
+        """
 
         def rank(item):
             score, position, _ = item
             return position >= sinks and position < self.seen - window, -(-np.inf if np.isnan(score) else score)
 
-        return {entry for _, _, entry in sorted(found, key=rank)[:limit]}
+        return {entry for _, _, entry in sorted((item for item in found if not rank(item)[0] or -rank(item)[1] >= lowest), key=rank)[:limit]}
 
     def score(self, entry):
         return np.float32(entry[1]) * np.float32(self.seen - entry[0])
@@ -113,7 +116,7 @@ class Lists:
         """(score, position, (stream, position)) in slot order: the pool's, then the buffer's."""
         return [(self.score(e), e[0], (s, e[0])) for source in (self.pool, self.buffer) for s in streams for e in source[s]]
 
-    def select(self, scope, sinks=0, window=0, floor=0):
+    def select(self, scope, sinks=0, window=0, floor=0, lowest=-np.inf):
         if scope == "shared":
             # Integer stats have exact sums, and dividing by S changes no order.
             tokens = [
@@ -121,7 +124,7 @@ class Lists:
                 for source in (self.pool, self.buffer)
                 for i in range(len(source[0]))
             ]
-            chosen = self.best(tokens, self.budget, sinks, window)
+            chosen = self.best(tokens, self.budget, sinks, window, lowest * S)  # of sums
             kept = {(s, position) for s in range(S) for position in chosen}
         elif floor:
             # METHOD section 4: a global top over S*(M - floor), then each stream gets its count + floor.
@@ -131,7 +134,7 @@ class Lists:
         else:
             members = {"global": S, "layer": H, "head": 1}[scope]
             groups = [range(first, first + members) for first in range(0, S, members)]
-            kept = set().union(*(self.best(self.candidates(group), members * self.budget, sinks, window) for group in groups))
+            kept = set().union(*(self.best(self.candidates(group), members * self.budget, sinks, window, lowest) for group in groups))
         for s in range(S):
             self.pool[s] = [entry for entry in self.pool[s] + self.buffer[s] if (s, entry[0]) in kept]
             self.buffer[s] = []
@@ -204,6 +207,23 @@ def test_select_keeps_what_a_sort_does(scope, sinks, window):
         fill(seed, levels, budgets, rounds, scope, right, sinks=sinks, window=window)
 
     check()
+
+
+@pytest.mark.parametrize("sinks, window", [(0, 0), (1, 2)])
+@pytest.mark.parametrize("scope", cache_lib.SCOPES)
+def test_what_scores_too_low_goes_even_where_there_is_room(scope, sinks, window):
+    left = []
+
+    def right(cache, lists):
+        assert_equal(cache, lists)
+        left.extend((int(n), S * min(int(budget), expected.seen)) for n, budget, expected in zip(cache.starts[:, -1], cache.budget, lists, strict=True))
+
+    # Scores of -4 occur, and stay; means of six scores may be rounded, so none may be the bound itself.
+    lowest = -4.01 if scope == "shared" else -4.0
+    for seed, levels in ((0, 1), (1, 4), (2, 1000)):
+        fill(seed, levels, [MOST, 3], [([6, 2], [6, 0])] * 4, scope, right, sinks=sinks, window=window, lowest=lowest)
+    assert any(kept < most for kept, most in left) and any(kept == most for kept, most in left)
+    assert sinks or any(kept == 0 for kept, _ in left)
 
 
 def test_a_global_budget_is_shared_unevenly():
@@ -283,7 +303,11 @@ def test_a_row_does_not_depend_on_its_neighbours(scope):
     for other_budget, other_valid in ((1, 0), (5, 6)):
         pools = []
         fill(
-            7, 1000, [3, other_budget], [([6, other_valid], [4, other_valid])] * 3, scope,
+            7,
+            1000,
+            [3, other_budget],
+            [([6, other_valid], [4, other_valid])] * 3,
+            scope,
             lambda cache, lists, pools=pools: pools.append([np.asarray(leaf[0]) for leaf in (cache.position, cache.starts, cache.stat)]),
         )
         found.append(pools)

@@ -86,6 +86,7 @@ SETTINGS = [
     ("global", "window", None, None),
     pytest.param("head", "random", None, None, marks=pytest.mark.slow),
     ("global", policies.retention.policy(lookahead=4, floor=3), 1, 0),
+    ("layer", policies.retention.policy(alpha=0.3), 1, 2),
 ]
 
 
@@ -206,6 +207,21 @@ def test_floor_and_fraction(small):
     run.append(random_prompts([100, 60]))
     assert [run.stats(i).kept_entries for i in (0, 1)] == [25 * small.config.streams, 15 * small.config.streams]
     assert min(len(stream) for layer in kept(run, 0) for stream in layer) >= 4
+
+
+def test_what_is_worth_too_little_goes_within_the_budget_too(small):
+    """At the last selection; those before it took only what would be worth less still."""
+    alpha, budgets, trained = 0.3, (60, 80), small.gates
+    forgetful = dataclasses.replace(trained, params={**trained.params, "bias": trained.params["bias"] - 9})
+    model = dataclasses.replace(small, gates=forgetful)
+    runs = [rows(model, 1, budget, policies.retention.policy(alpha=alpha), sinks=1) for budget in budgets]
+    for run in runs:
+        run.append(random_prompts([100]))
+        stored, seen = run.cache, run.stats(0).seen_tokens
+        live = slice(0, int(stored.starts[0, -1]))
+        worth = np.exp((seen - stored.position[0, live]) * stored.stat[0, live])
+        assert 0 < live.stop < run.stats(0).capacity and ((worth >= alpha * (1 - 1e-6)) | (stored.position[0, live] == 0)).all()
+    assert [k.tolist() for layer in kept(runs[0], 0) for k in layer] == [k.tolist() for layer in kept(runs[1], 0) for k in layer], "no budget was full"
 
 
 def test_allocated_bytes_are_those_of_the_arrays(small):

@@ -70,7 +70,16 @@ def test_retention_stores_log_beta_and_is_gated():
     assert policy.gated and policy.sinks is None and policy.window == 0 and policy.floor == 0
 
 
-@pytest.mark.parametrize("arguments, message", [(dict(lookahead=0), "lookahead must be at least 1"), (dict(floor=-1), "floor must be 0 or more")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(lookahead=0), "lookahead must be at least 1"),
+        (dict(floor=-1), "floor must be 0 or more"),
+        (dict(alpha=1.0), "alpha must be at least 0 and below 1"),
+        (dict(alpha=-0.1), "alpha must be"),
+        (dict(alpha=4.0, lookahead=4), "below 4, which is what an entry can be worth, got 4"),
+    ],
+)
 def test_retention_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         policies.retention.policy(**arguments)
@@ -136,7 +145,8 @@ def test_registry(monkeypatch):
 def test_options_of_a_name():
     """Arguments of the policy's own function, defaults for the rest; the same policy each time, as it is what programs are compiled for."""
     policy = policies.get("retention:lookahead=7,floor=3")
-    assert policy.floor == 3 and policy.score.keywords == {"lookahead": 7}
+    assert policy.floor == 3 and policy.score.keywords == {"lookahead": 7} and policy.lowest == -np.inf
+    assert policies.get("retention:alpha=0.5").lowest == np.log(0.5)
     assert policies.get("retention:lookahead=7,floor=3") is policy and policies.get("retention") is policies.get("retention")
     assert policies.get("infokv:alpha=1").window == policies.get("infokv").window
     theirs = policies.pyramidkv.policy(kvpress=True).layer_budgets(np.array([256]), np.array([1024]), 4)
@@ -152,7 +162,7 @@ def test_options_of_a_name():
         ("xyz", "unknown policy 'xyz': known are ada_snapkv, "),
         ("", "unknown policy '': known are ada_snapkv, "),
         (":floor=1", "unknown policy '': known are ada_snapkv, "),
-        ("retention:flor=1", "unknown option of policy 'retention' 'flor': did you mean floor\\? known are lookahead, floor"),
+        ("retention:flor=1", "unknown option of policy 'retention' 'flor': did you mean floor\\? known are lookahead, floor, alpha"),
         ("retention:floor", "option 'floor' of policy 'retention' must be of its default's kind, as in floor=0, got ''"),
         ("retention:floor=0.5", "as in floor=0, got '0.5'"),
         ("retention:lookahead=2,floor=many", "as in floor=0, got 'many'"),

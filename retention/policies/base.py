@@ -1,6 +1,7 @@
 """What a policy is: the number it stores with each cache entry, how it ranks entries, and what it needs the model to tell it for that."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -59,9 +60,9 @@ class Policy:
 
     score: see `Score`; None never evicts. stat(Written) -> [L,B,T,H] float32: the number stored with each entry when it is written.
     streams: score looks at whole streams. sinks, window: the first and newest positions protected by default (sinks None: as many as the gates were
-    trained with); window may be a function of the budget M. floor: entries every stream keeps whatever the others score (scope global). scope: what
-    competes for what unless the user says otherwise, one of `scopes`. layer_budgets(budget [B], seen [B], L) -> [B, L] int32: what stands for M in
-    each layer (scope head), M on average and at most 2M; None: M.
+    trained with); window may be a function of the budget M. floor: entries every stream keeps whatever the others score (scope global). lowest:
+    entries that are not protected and score below it go even where there is room. scope: what competes for what unless the user says otherwise, one of
+    `scopes`. layer_budgets(budget [B], seen [B], L) -> [B, L] int32: what stands for M in each layer (scope head), M on average and at most 2M; None: M.
 
     What the model is asked for, and computes for no other policy: gated: log beta, and so gates. queries: those of this many newest tokens. moments:
     mean and covariance of the queries from this position on. hidden(L): the blocks whose outputs `stat` sees, past: of so many tokens before the new
@@ -76,6 +77,7 @@ class Policy:
     sinks: int | None = 0
     window: int | Callable = 0
     floor: int = 0
+    lowest: float = -math.inf
     scope: str = "global"
     scopes: tuple[str, ...] = SCOPES
     layer_budgets: Callable | None = None

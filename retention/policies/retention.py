@@ -4,6 +4,7 @@ An entry written at position p with gate beta is worth beta^(t-p) at time t. MET
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +36,17 @@ def stat(written: Written) -> jax.Array:
     return written.log_beta
 
 
-def policy(lookahead: int = 1, floor: int = 0) -> Policy:
-    """Raises ValueError for a lookahead below 1 or a negative floor."""
+def policy(lookahead: int = 1, floor: int = 0, alpha: float = 0.0) -> Policy:
+    """floor: entries that every stream keeps. alpha: entries that will be worth less than this go even where there is room (METHOD section 4's
+    threshold; with a lookahead, of the worth summed over it).
+
+    Raises ValueError for a lookahead below 1, a negative floor, or an alpha that is negative or as much as an entry can be worth, `lookahead`.
+    """
     if lookahead < 1:
         raise ValueError(f"lookahead must be at least 1 token, got {lookahead}")
     if floor < 0:
         raise ValueError(f"floor must be 0 or more entries per stream, got {floor}")
-    return Policy(score=functools.partial(score, lookahead=lookahead), stat=stat, gated=True, sinks=None, floor=floor)
+    if not 0 <= alpha < lookahead:
+        raise ValueError(f"alpha must be at least 0 and below {lookahead}, which is what an entry can be worth, got {alpha}")
+    lowest = math.log(alpha) if alpha else -math.inf
+    return Policy(score=functools.partial(score, lookahead=lookahead), stat=stat, gated=True, sinks=None, floor=floor, lowest=lowest)
