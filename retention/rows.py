@@ -102,8 +102,11 @@ class Rows:
         check_budget(budget, sinks, window, policy.floor)
         if policy.floor and scope != "global":
             raise ValueError(f"a policy with a floor needs scope='global', got scope={scope!r}; the other scopes fix each share already")
+        bounded = policy.lowest > -np.inf
+        if bounded and budget is None:
+            raise ValueError("a policy with a lowest score (alpha) needs a budget, the most that it may keep, got budget=None")
         # As many tokens as the model can use are the full cache.
-        whole = isinstance(budget, numbers.Integral) and budget >= model.config.max_positions
+        whole = isinstance(budget, numbers.Integral) and budget >= model.config.max_positions and not bounded
         self.budget = None if policy.score is None or whole else budget
         if self.budget is None:
             policy = policies.get("full")

@@ -222,6 +222,8 @@ def test_what_is_worth_too_little_goes_within_the_budget_too(small):
         worth = np.exp((seen - stored.position[0, live]) * stored.stat[0, live])
         assert 0 < live.stop < run.stats(0).capacity and ((worth >= alpha * (1 - 1e-6)) | (stored.position[0, live] == 0)).all()
     assert [k.tolist() for layer in kept(runs[0], 0) for k in layer] == [k.tolist() for layer in kept(runs[1], 0) for k in layer], "no budget was full"
+    most = model.config.max_positions
+    assert rows(model, 1, most, "retention:alpha=0.3").evicts and not rows(model, 1, most).evicts
 
 
 def test_allocated_bytes_are_those_of_the_arrays(small):
@@ -296,6 +298,7 @@ class TestSampling:
         (dict(budget=3, policy="window"), r"budget 3 is smaller than sinks \+ window = 4 \+ 0"),
         (dict(budget=2, policy=policies.retention.policy(floor=3)), r"sinks \+ window \+ floor = 0 \+ 0 \+ 3"),
         (dict(budget=8, scope="head", policy=policies.retention.policy(floor=3)), "scope='global'"),
+        (dict(budget=None, policy="retention:alpha=0.5"), "needs a budget, the most that it may keep, got budget=None"),
         (dict(budget=8, scope="globe"), "unknown scope 'globe': did you mean global"),
         (dict(budget=8, policy="retension"), "did you mean retention"),
         (dict(budget=8, policy=None), "policy must be one of ada_snapkv, .* full, "),
