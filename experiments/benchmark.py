@@ -4,6 +4,8 @@ kernels: each operation at real sizes on whatever device jax finds, beside the r
 end_to_end: SmolLM2-135M reading and decoding with the full cache and under a budget, and in transformers and kvpress where they are installed (extra
 `compare`); reading 32K tokens in bounded memory. decoding: its part that decodes, alone.
 compression: what each policy adds to the seconds and the memory of reading 1K and 4K tokens.
+serving: decoding in bfloat16 with --model (of Qwen3 the shape alone, with random weights and gates) behind 8K to 128K tokens, full cache and budgets, as fast
+as an accelerator does it; some ten minutes a model.
 training: a training step of SmolLM2-135M over 1,024 tokens, in plain forward passes; and the memory it takes.
 The times of a busy machine are worth nothing; the ratios hold as long as both sides were equally disturbed.
 """
@@ -20,12 +22,15 @@ from absl import app, flags
 
 from configs import smollm2_135m
 from pallas_kernels import operations
-from retention import bench, checkpoints
+from retention import bench, checkpoints, compiled, gates
+from retention import model as model_lib
 from retention.checkpoints import download
+from retention.model import Model
 from retention.runs import write_table
 from retention.training import bench as training_bench
 
-SUITE = flags.DEFINE_enum("suite", "kernels", ["kernels", "end_to_end", "decoding", "compression", "training"], "What to time.")
+SUITE = flags.DEFINE_enum("suite", "kernels", ["kernels", "end_to_end", "decoding", "compression", "serving", "training"], "What to time.")
+MODEL = flags.DEFINE_enum("model", "smollm2-135m", ["smollm2-135m", *compiled.MODELS], "The model of suite serving.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder for the suite's CSV.", required=True)
 OPERATIONS = flags.DEFINE_list("operations", list(operations.NAMES), "Which operations.")
 
@@ -80,11 +85,24 @@ def beside_theirs(rows: Callable) -> Iterator[dict]:
     return rows(checkpoints.load("smollm2-135m"), theirs=bench.Theirs(download.smollm2_135m()) if compare else None)
 
 
+def serving() -> Iterator[dict]:
+    name = MODEL.value
+    if name in compiled.MODELS:
+        config, gate = compiled.MODELS[name], gates.GateConfig()
+        model = Model(config, model_lib.init(config, dtype=jnp.bfloat16), gates.TrainedGates(gate, gates.init(config, gate)))
+    else:
+        model = checkpoints.load(name, dtype="bfloat16")
+    bandwidth = read_bandwidth()
+    print(f"a sum reads {bandwidth / 1e9:.1f} GB/s")
+    return ({"model": name, **row} for row in bench.serving_rows(model, bandwidth))
+
+
 SUITES = {
     "kernels": kernels,
     "end_to_end": lambda: beside_theirs(bench.rows),
     "decoding": lambda: beside_theirs(bench.decoding_rows),
     "compression": lambda: bench.compression_rows("smollm2-135m"),
+    "serving": serving,
     "training": lambda: training_bench.rows(smollm2_135m.get_config("long")),
 }
 

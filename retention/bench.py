@@ -7,18 +7,20 @@ import functools
 import importlib.util
 import itertools
 import multiprocessing
+import os
 import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from retention import checkpoints, policies
+from retention import checkpoints, compiled, policies
 from retention.model import Model
 from retention.rows import CHUNK, Rows
-from retention.training.metrics import forget_peak, peak_memory_bytes
+from retention.training.metrics import device_bytes, forget_peak, peak_memory_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,18 @@ class Sizes:
     budget: int = 512
     new_tokens: int = 240
     long: tuple[int, ...] = (8192, 32_768)
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """What `serving_rows` measures: every budget (tokens per stream) for all contexts at once, as its cache does not depend on them, and the full cache of
+    each context. rounds of new_tokens after one that is not counted."""
+
+    contexts: tuple[int, ...] = (8192, 32_768, 131_072)
+    batches: tuple[int, ...] = (1, 4, 8, 32)
+    budgets: tuple[int, ...] = (512, 1024, 2048)
+    new_tokens: int = 240
+    rounds: int = 2
 
 
 def take_turns(runs: Mapping[str, Callable[[], Callable]], rounds: int) -> dict[str, list[float]]:
@@ -163,6 +177,77 @@ def compression_row(model: str | Model, policy: str, length: int, budget: float,
         "peak_bytes": peak,
         "cache_bytes": done.stats(0).allocated_bytes,
     }
+
+
+def serving_rows(model: Model, bandwidth: float, sizes: Served = Served()) -> Iterator[dict]:
+    """Decoding on an accelerator, from small caches to large, so that the peak of each is its own: tokens a second of all sequences together, the peak
+    of the device's memory, and the share reached of what `bandwidth`, bytes a second, allows (`compiled.step_bytes`).
+
+    The caches are filled without reading, as what is in them changes no time: the budgets' with streams of unequal lengths. A cache that does not fit
+    is a row that says so.
+    """
+    config, weights, limit = model.config, compiled.size(model.params), memory_limit()
+    cells = [(batch, None, context) for batch, context in itertools.product(sizes.batches, sizes.contexts)]
+    cells += [(batch, budget, max(sizes.contexts)) for batch, budget in itertools.product(sizes.batches, sizes.budgets)]
+    entry = config.streams * 2 * config.head_dim * model.params["embed"].dtype.itemsize
+    for batch, budget, context in sorted(cells, key=lambda cell: cell[0] * (cell[1] or cell[2])):
+        what = f"decode, B={batch}: " + (f"full cache of {context} tokens" if budget is None else f"budget {budget}, any context")
+        if weights + batch * (budget or context) * entry > limit:
+            yield {"what": what, "error": "does not fit"}
+            continue
+        rows = filled(model, batch, context, budget, (sizes.rounds + 1) * sizes.new_tokens)
+        # Again and again in the same cache: a copy to begin each round from would double it.
+        seconds = take_turns({what: lambda rows=rows: lambda: list(rows.decode(sizes.new_tokens, 0.0, 1.0, 0, ()))}, sizes.rounds)[what]
+        step = statistics.median(seconds) / sizes.new_tokens
+        gates = compiled.size(model.gates.params) if budget else 0
+        yield {
+            "what": what,
+            "seconds": statistics.median(seconds),
+            "tokens_per_second": round(batch / step, 1),
+            "of_bandwidth": round(compiled.step_bytes(config, weights + gates, batch, context, budget) / bandwidth / step, 3),
+            "peak_bytes": peak_memory_bytes(),
+            "cache_bytes": rows.stats(0).allocated_bytes * batch,
+        }
+
+
+def filled(model: Model, batch: int, context: int, budget: int | None, new_tokens: int) -> Rows:
+    """Rows that seem to have read `context` tokens each, with room for `new_tokens` more."""
+    config = model.config
+    rows = Rows(model, batch, budget, "full" if budget is None else "retention")
+    rows._open([context] * batch)
+    rows.most_seen, rows.warned = context, True
+    if budget is None:
+        rows._room(context + new_tokens + 1)
+    lengths = np.random.default_rng(0).exponential(size=(batch, config.streams))
+    ends = np.floor(np.cumsum(lengths, axis=1) / lengths.sum(axis=1, keepdims=True) * config.streams * (budget or 0)).astype(np.int32)
+    noise = jax.random.normal(jax.random.key(0), (256, config.head_dim))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def fill(cache, starts):
+        def some(array):
+            values = noise if array.ndim > 2 and array.shape[-1] == config.head_dim else noise[:, 0]
+            axis = array.ndim - values.ndim
+            return jnp.broadcast_to(values[jnp.arange(array.shape[axis]) % 256], array.shape).astype(array.dtype)
+
+        full = budget is None
+        slots, width = cache.position.shape[1], cache.buffer_position.shape[1]
+        return cache._replace(
+            keys=some(cache.keys), values=some(cache.values), stat=-jnp.exp(some(cache.stat)), starts=starts,
+            position=jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32) % context, cache.position.shape),
+            buffer_keys=some(cache.buffer_keys), buffer_values=some(cache.buffer_values),
+            buffer_position=jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), cache.buffer_position.shape),
+            buffered=jnp.full(batch, context if full else 0, jnp.int32), seen=jnp.full(batch, context, jnp.int32),
+        )  # fmt: skip
+
+    rows.cache = fill(rows.cache, jnp.pad(jnp.asarray(ends), ((0, 0), (1, 0))))
+    return rows
+
+
+def memory_limit() -> int:
+    """Bytes that a device may hold; where devices do not say (CPU), those of the machine."""
+    if limits := device_bytes("bytes_limit"):
+        return min(limits)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def compared(what: str, tokens: np.ndarray, counted: int, seconds: Mapping[str, list[float]]) -> Iterator[dict]:

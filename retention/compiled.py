@@ -40,9 +40,7 @@ class Serving(NamedTuple):
 
 
 SERVINGS = tuple(
-    Serving("qwen3_4b", target, batch, 131_072, budget)
-    for target, batch in (("v5e", 8), ("v5p", 8), ("h100", 8), ("v5e", 1))
-    for budget in (None, 2048, 512)
+    Serving("qwen3_4b", target, batch, 131_072, budget) for target, batch in (("v5e", 8), ("v5p", 8), ("h100", 8), ("v5e", 1)) for budget in (None, 2048, 512)
 )
 
 
@@ -72,15 +70,11 @@ def serve(serving: Serving) -> dict[str, float]:
     gate = gates.GateConfig() if policy.gated else None
     plan = programs.Plan(model, gate, policy, policy.scope, 0, policy.window if isinstance(policy.window, int) else None)
     slots, width = (0, serving.context + CHUNK) if serving.budget is None else (model.streams * serving.budget, CHUNK)
-    cache = jax.eval_shape(
-        lambda: cache_lib.init(model.layers, model.kv_heads, model.head_dim, [serving.budget or 0] * batch, slots, width, jnp.bfloat16)
-    )
+    cache = jax.eval_shape(lambda: cache_lib.init(model.layers, model.kv_heads, model.head_dim, [serving.budget or 0] * batch, slots, width, jnp.bfloat16))
     params = parameters(model, jnp.bfloat16)
     trained = jax.eval_shape(lambda: gates.init(model, gate)) if gate else None
     weights, held = size(params) + size(trained), size(cache)
-    # A token reads all weights once, as the embedding is the output's matrix too, and the keys and values that there are: half the write buffer on average.
-    entries = model.streams * (serving.context if serving.budget is None else serving.budget + width // 2)
-    read = weights + batch * entries * 2 * model.head_dim * 2
+    read = step_bytes(model, weights, batch, serving.context, serving.budget)
     out = {"weights_bytes": weights, "cache_bytes": held, "tokens_per_second": batch * BANDWIDTH[serving.target] / read}
     if weights + held > aot.HBM_GIB[serving.target] * 2**30:
         return out
@@ -96,6 +90,13 @@ def serve(serving: Serving) -> dict[str, float]:
     chunk = functools.partial(programs.prefill, plan, evict=evicts)
     reading = aot.compile_for(serving.target, chunk, params, trained, cache, array((batch, CHUNK), jnp.int32), valid, logits, donate_argnums=2)
     return out | {"decode_total_bytes": memory(decoding)["total_bytes"], "read_total_bytes": memory(reading)["total_bytes"]}
+
+
+def step_bytes(model: Config, weights: int, batch: int, context: int, budget: int | None) -> int:
+    """What a decoding step must read at least, bfloat16: all weights (bytes, with the gates') once, as the embedding is the output's matrix too, and the
+    keys and values that there are: half the write buffer on average."""
+    entries = model.streams * (context if budget is None else budget + CHUNK // 2)
+    return weights + batch * entries * 2 * model.head_dim * 2
 
 
 def size(tree) -> int:

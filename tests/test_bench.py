@@ -1,12 +1,13 @@
 """The benchmark counts what it says; how long things take is not for tests."""
 
+import dataclasses
 import sys
 
 import jax
 import numpy as np
 import pytest
 
-from retention import bench
+from retention import bench, cache, compiled
 from retention.training.metrics import forget_peak, peak_memory_bytes
 
 
@@ -56,6 +57,30 @@ def test_what_compressing_costs(small, policy):
     assert row["policy"] == policy and row["seconds"] > 0 and row["peak_bytes"] >= 0
     assert row["prefill"] == {"full": "plain", "retention": "chunks of 256", "kvzip": "one-shot"}[policy]
     assert row["times_plain"] == 1 or policy != "full"
+
+
+def test_serving(small, monkeypatch):
+    """Caches that seem to have read a context decode as others do: a stream's entries are those of its segment, and none too many."""
+    half = dataclasses.replace(small, params=jax.tree.map(lambda leaf: leaf.astype(jax.numpy.bfloat16), small.params))
+    sizes = bench.Served(contexts=(300, 9000), batches=(1, 3), budgets=(16,), new_tokens=32, rounds=1)
+    entry = small.config.streams * 2 * small.config.head_dim * 2
+    monkeypatch.setattr(bench, "memory_limit", lambda: compiled.size(half.params) + 9000 * entry)
+    rows = {row["what"]: row for row in bench.serving_rows(half, 1e9, sizes)}
+    full = "decode, B={}: full cache of {} tokens"
+    assert list(rows) == [
+        "decode, B=1: budget 16, any context", "decode, B=3: budget 16, any context",
+        full.format(1, 300), full.format(3, 300), full.format(1, 9000), full.format(3, 9000),
+    ]  # fmt: skip
+    assert rows.pop(full.format(3, 9000)) == {"what": full.format(3, 9000), "error": "does not fit"}
+    for row in rows.values():
+        assert row["tokens_per_second"] > 0 and row["of_bandwidth"] > 0 and row["peak_bytes"] > row["cache_bytes"] > 0
+    # Keys, values, stat, and what is there once a token or once a stream.
+    assert rows[full.format(1, 300)]["cache_bytes"] == pytest.approx((300 + 2 * 32) * (entry + 4 * small.config.streams), rel=0.1)
+
+    run = bench.filled(half, 3, 300, 16, 0)
+    assert [run.stats(row).kept_entries for row in range(3)] == [16 * small.config.streams] * 3 and run.stats(0).seen_tokens == 300
+    assert len({len(stream) for layer in cache.kept_positions(run.cache, 0) for stream in layer}) > 1
+    assert [len(answer) for answer in run.decode_all(5, 0.0, 1.0, 0, ())] == [5] * 3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process forget its peak")
