@@ -1,17 +1,20 @@
 """Follows long streams with caches that evict as they go: python -m experiments.stream --config=configs/stream.py:story --workdir=runs/story
 
 Writes stream.csv (mean loss and KL to the full cache in each part of the stream, and, of stories, how many answered at the end) and stream.png. The
-caches advance together, so a run that was interrupted begins again.
+caches are kept in caches/ after each part while it runs, and an interrupted run goes on from there.
 """
+
+import shutil
 
 import numpy as np
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from retention import checkpoints
-from retention.evaluation import prose, streaming
+from retention.evaluation import needles, prose, streaming
 from retention.evaluation.plots import plot_streams
+from retention.model import Model
 from retention.rows import Rows
 from retention.runs import RunFolder, write_table
 from retention.training import text
@@ -21,28 +24,36 @@ WORKDIR = flags.DEFINE_string("workdir", None, "The run folder.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
+def begin_stream(config: ConfigDict, model: Model, samples: list[needles.Sample]) -> tuple[list[list[int]], np.ndarray]:
+    """What the caches read first, and the tokens [B, T] that follow: the model's own if there are samples, else prose."""
+    encode = model.tokenizer.encode
+    if samples:
+        prompts = [encode(sample.context, bos=True) for sample in samples]
+        return prompts, streaming.tell(model, prompts, config.tokens, config.temperature, config.seed)
+    pairs = prose.windows([encode(one) for one in text.load(config.text)], config.piece, config.tokens, config.samples, config.seed)
+    return [prompt for prompt, _ in pairs], np.array([tokens for _, tokens in pairs])
+
+
 def main(_):
     config = CONFIG.value
     run = RunFolder(WORKDIR.value, config)
-    run.keep_metrics([])
     model = checkpoints.load(config.model, gates=config.gates, dtype=config.dtype)
-    encode = model.tokenizer.encode
-    if config.kind == "story":
-        samples = streaming.stories(config.samples, config.seed)
-        prompts = [encode(sample.context, bos=True) for sample in samples]
-        stream = streaming.tell(model, prompts, config.tokens, config.temperature, config.seed)
-    else:
-        pairs = prose.windows([encode(one) for one in text.load(config.text)], config.piece, config.tokens, config.samples, config.seed)
-        prompts, stream = [prompt for prompt, _ in pairs], np.array([tokens for _, tokens in pairs])
-
     kinds = {"full": ("full", None)} | {f"{policy} {budget}": (policy, budget) for policy in config.policies for budget in config.budgets}
     caches = {name: Rows(model, config.samples, budget, policy, prefill_chunk=config.piece) for name, (policy, budget) in kinds.items()}
-    for rows in caches.values():
-        rows.append(prompts)
-    total = len(caches) * (config.tokens // config.piece)
-    for begin, name, loss, kl in tqdm(streaming.follow(caches, stream, config.piece), total=total, unit="piece"):
+    samples = streaming.stories(config.samples, config.seed) if config.kind == "story" else []
+    kept, share = run.path / "caches", max(1, config.tokens // config.bins)
+    stream, done = streaming.resume(kept, caches)
+    run.keep_metrics([record for record in run.metrics() if record["begin"] < done])
+    if stream is None:
+        prompts, stream = begin_stream(config, model, samples)
+        for rows in caches.values():
+            rows.append(prompts)
+    pieces = streaming.follow(caches, stream, config.piece, done)
+    for begin, name, loss, kl in tqdm(pieces, total=len(caches) * (config.tokens // config.piece), initial=len(run.metrics()), unit="piece"):
         policy, budget = kinds[name]
         run.log(policy=policy, budget=budget, begin=begin, loss=round(float(loss.mean()), 5), kl=round(float(kl.mean()), 5))
+        if name == list(kinds)[-1] and (begin + config.piece) // share > begin // share:
+            streaming.save(kept, caches, stream, begin + config.piece)
 
     edges, records, rows = np.linspace(0, config.tokens, config.bins + 1), run.metrics(), []
     for name, (policy, budget) in kinds.items():
@@ -51,12 +62,13 @@ def main(_):
             part = [record for record in own if first <= record["begin"] < last]
             means = {measure: round(float(np.mean([record[measure] for record in part])), 4) for measure in ("loss", "kl")}
             rows.append({"policy": policy, "budget": budget, "from": int(first), "to": int(last), **means, "answered": ""})
-        if config.kind == "story":
+        if samples:
             rows[-1]["answered"] = sum(streaming.remembered(caches[name], samples))
         print(f"{name:16} loss {[row['loss'] for row in rows[-config.bins :]]} KL {[row['kl'] for row in rows[-config.bins :]]}", rows[-1]["answered"])
     write_table(run.path / "stream.csv", rows)
     plot_streams(rows, run.path / "stream.png")
     run.finish(seed=config.seed)
+    shutil.rmtree(kept, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,13 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from retention import cache as cache_lib
 from retention import policies
-from retention.cache import Cache
-from retention.checkpoints import arrays
+from retention.checkpoints import caches
 from retention.model import Model
 from retention.rows import Rows, Stats
-
-_NOTED = "noted."  # before the names of Cache.noted in a session's file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +144,7 @@ class Session:
         yield written[-1]
         return Generation("".join(written), tokens, self.stats)
 
-    def generate(
-        self, text: str = "", max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, chat: bool = False
-    ) -> Generation:
+    def generate(self, text: str = "", max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, chat: bool = False) -> Generation:
         """Appends `text`, if any, and continues, until a stop token or max_new_tokens."""
         pieces = self.stream(text, max_new_tokens, temperature, top_p, seed, chat)
         while True:
@@ -175,11 +169,7 @@ class Session:
             raise ValueError("nothing was appended to this session, so there is nothing to save; append a text first")
         if not isinstance(arguments["policy"], str):
             raise ValueError("policy must be a registered name for a session to be saved; register this Policy and give the session its name")
-        rows.settle()
-        # Of the write buffer what is in it: nothing, or the full cache.
-        fields = cache_lib.with_buffer(rows.cache, int(rows.cache.buffered[0]))._asdict()
-        noted = {_NOTED + name: array for name, array in fields.pop("noted").items()}
-        arrays.save(path, {**fields, **noted, "logits": rows.logits}, {"arguments": arguments, "model": fingerprint(rows)})
+        caches.save(path, *rows.state(), {"arguments": arguments, "model": fingerprint(rows)})
 
     @classmethod
     def restore(cls, model: Model, path: str | pathlib.Path) -> "Session":
@@ -188,19 +178,13 @@ class Session:
         Raises:
           FileNotFoundError: no such file. ValueError: not a session's file, another model, dtype or gates, or a policy that is not registered here.
         """
-
-        def parts(found, facts):
-            noted = {name.removeprefix(_NOTED): found.pop(name) for name in list(found) if name.startswith(_NOTED)}
-            logits = found.pop("logits")
-            return dict(facts["arguments"]), dict(facts["model"]), jax.tree.map(jnp.asarray, (Cache(**found, noted=noted), logits))
-
-        arguments, wanted, (cache, logits) = arrays.load(path, parts, "session file", "Session.save")
-        session = cls(model, **arguments)
+        cache, logits, facts = caches.load(path, ("arguments", "model"), "session file", "Session.save")
+        session = cls(model, **facts["arguments"])
         rows = session._rows
         for name, fact in fingerprint(rows).items():
-            if wanted.get(name) != fact:
+            if facts["model"].get(name) != fact:
                 raise ValueError(f"the session in {path} is of another model, which differs in its {name}; load the model and gates that it was saved with")
-        rows.cache, rows.logits, rows.most_seen = cache_lib.with_buffer(cache, rows.width) if rows.evicts else cache, logits, int(cache.seen[0])
+        rows.resume(cache, logits)
         return session
 
     def kept(self) -> list[list[np.ndarray]]:

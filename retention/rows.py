@@ -268,6 +268,16 @@ class Rows:
         other.cache = jax.tree.map(jnp.copy, self.cache)
         return other
 
+    def state(self) -> tuple[Cache, jax.Array]:
+        """All that what follows depends on, beside the model and the arguments: the cache, its write buffer no longer than what is in it, and the logits."""
+        self.settle()
+        return cache_lib.with_buffer(self.cache, int(self.cache.buffered.max())), self.logits
+
+    def resume(self, cache: Cache, logits: jax.Array) -> None:
+        """Goes on from the `state` of rows of the same model and arguments."""
+        self.cache = cache_lib.with_buffer(cache, self.width) if self.evicts else cache
+        self.logits, self.most_seen = logits, int(cache.seen.max())
+
     def decode(self, max_new_tokens: int, temperature: float, top_p: float, seed: int, stop: Sequence[int]) -> Iterator[np.ndarray]:
         """Yields [B, piece] tokens at a time, -1 past a sequence's end, until all have ended or have max_new_tokens."""
         self.settle()

@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -51,6 +52,31 @@ def test_following_is_decoding(folder):
     np.testing.assert_allclose(jax.nn.log_softmax(caches["window"].logits), jax.nn.log_softmax(decoded.logits), atol=1e-4)
 
 
+def test_a_stream_goes_on_from_saved_caches(folder, tmp_path):
+    model = checkpoints.load(folder, gates=folder / "gates.safetensors")
+    stream = np.random.default_rng(0).integers(3, 500, (2, 48))
+
+    def rows():
+        kinds = {"full": (None, "full"), "h2o 0.5": (0.5, "h2o"), "snapkv:window=4 12": (12, "snapkv:window=4")}
+        return {name: Rows(model, 2, budget, policy, prefill_chunk=8) for name, (budget, policy) in kinds.items()}
+
+    whole = rows()
+    assert streaming.resume(tmp_path / "caches", whole) == (None, 0)
+    for own in whole.values():
+        own.append([[5, 6, 7, 8] * 6, [9, 10, 11] * 5])
+    expected = []
+    for begin, name, loss, kl in streaming.follow(whole, stream, 8):
+        expected.append((begin, name, loss.tolist(), kl.tolist()))
+        if name == list(whole)[-1] and begin in (0, 16):
+            streaming.save(tmp_path / "caches", whole, stream, begin + 8)
+    assert [path.name for path in (tmp_path / "caches").iterdir()] == ["24"], "one time is enough"
+    resumed = rows()
+    again, done = streaming.resume(tmp_path / "caches", resumed)
+    assert done == 24 and (again == stream).all()
+    rest = [(begin, name, loss.tolist(), kl.tolist()) for begin, name, loss, kl in streaming.follow(resumed, again, 8, done)]
+    assert rest == expected[3 * 3 :]
+
+
 def test_stories_hold_their_answer_once_and_ask_for_it():
     samples = streaming.stories(5, seed=0)
     assert samples == streaming.stories(5, seed=0) and len({sample.answers for sample in samples}) == 5
@@ -58,14 +84,36 @@ def test_stories_hold_their_answer_once_and_ask_for_it():
         assert sample.context.count(sample.answers[0]) == 1 and sample.answers[0] not in sample.questions[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind, tokens", [("story", 64), ("prose", 96)])
-def test_the_program(folder, tmp_path, kind, tokens):
-    command = [
-        sys.executable, "-m", "experiments.stream", f"--config=configs/stream.py:{kind}", f"--workdir={tmp_path}", f"--config.model={folder}",
+def command_of(folder, workdir, kind, tokens):
+    return [
+        sys.executable, "-m", "experiments.stream", f"--config=configs/stream.py:{kind}", f"--workdir={workdir}", f"--config.model={folder}",
         f"--config.gates={folder}/gates.safetensors", "--config.samples=2", f"--config.tokens={tokens}", "--config.policies=('window','retention')",
         "--config.budgets=(20,)", "--config.bins=2", "--config.piece=8",
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_program_goes_on_after_kill_9(folder, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run(command_of(folder, whole, "story", 640), check=True, capture_output=True)
+    killed = subprocess.Popen(command_of(folder, cut, "story", 640), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (cut / "caches" / "320").exists():
+        assert killed.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    killed.kill()
+    killed.wait()
+    before = (cut / "metrics.jsonl").read_text()
+    done = subprocess.run(command_of(folder, cut, "story", 640), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (cut / "stream.csv").read_text() == (whole / "stream.csv").read_text()
+    assert (cut / "metrics.jsonl").read_text().startswith("".join(before.splitlines(keepends=True)[: 3 * 40]))
+    assert not (cut / "caches").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, tokens", [("story", 64), ("prose", 96)])
+def test_the_program(folder, tmp_path, kind, tokens):
+    command = command_of(folder, tmp_path, kind, tokens)
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader(open(tmp_path / "stream.csv")))

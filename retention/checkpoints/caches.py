@@ -1,0 +1,31 @@
+"""A cache, and the logits behind its last tokens, in one safetensors file: how sessions and long streams are kept."""
+
+import pathlib
+from collections.abc import Collection, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from retention.cache import Cache
+from retention.checkpoints import arrays
+
+_NOTED = "noted."  # before the names of Cache.noted
+
+
+def save(path: str | pathlib.Path, cache: Cache, logits: jax.Array, facts: Mapping[str, dict]) -> None:
+    """Writes the file whole or not at all. facts: what JSON can hold, by name."""
+    fields = cache._asdict()
+    noted = {_NOTED + name: array for name, array in fields.pop("noted").items()}
+    arrays.save(path, {**fields, **noted, "logits": logits}, facts)
+
+
+def load(path: str | pathlib.Path, facts: Collection[str], kind: str, writer: str) -> tuple[Cache, jax.Array, dict[str, dict]]:
+    """The cache, the logits, and the facts of these names. Raises as `arrays.load`, to which kind and writer are told."""
+
+    def parts(found, said):
+        found = {name: jnp.asarray(array) for name, array in found.items()}
+        logits = found.pop("logits")
+        noted = {name.removeprefix(_NOTED): found.pop(name) for name in list(found) if name.startswith(_NOTED)}
+        return Cache(**found, noted=noted), logits, {name: dict(said[name]) for name in facts}
+
+    return arrays.load(path, parts, kind, writer)
