@@ -93,8 +93,8 @@ def fingerprint(rows: Rows) -> dict[str, str]:
     each array the last row, in hexadecimal SHA-256)."""
 
     def digest(params):
-        rows = (leaf[(-1,) * (leaf.ndim - 1)] for leaf in jax.tree.leaves(params))
-        return hashlib.sha256(b"".join(np.asarray(row).tobytes() for row in rows)).hexdigest()
+        last = (leaf[(-1,) * (leaf.ndim - 1)] for leaf in jax.tree.leaves(params))
+        return hashlib.sha256(b"".join(np.asarray(row).tobytes() for row in last)).hexdigest()
 
     model = rows.model
     shape = {"shape": repr(model.config), "dtype": str(model.params["embed"].dtype), "weights": digest(model.params)}
