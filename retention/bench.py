@@ -180,34 +180,41 @@ def compression_row(model: str | Model, policy: str, length: int, budget: float,
 
 
 def serving_rows(model: Model, bandwidth: float, sizes: Served = Served()) -> Iterator[dict]:
-    """Decoding on an accelerator, from small caches to large, so that the peak of each is its own: tokens a second of all sequences together, the peak
-    of the device's memory, and the share reached of what `bandwidth`, bytes a second, allows (`compiled.step_bytes`).
-
-    The caches are filled without reading, as what is in them changes no time: the budgets' with streams of unequal lengths. A cache that does not fit
-    is a row that says so.
-    """
-    config, weights, limit = model.config, compiled.size(model.params), memory_limit()
+    """Decoding on an accelerator, from small caches to large, so that the peak of each is its own. A cache that does not fit is a row that says so."""
+    config, weights = model.config, compiled.size(model.params)
     cells = [(batch, None, context) for batch, context in itertools.product(sizes.batches, sizes.contexts)]
     cells += [(batch, budget, max(sizes.contexts)) for batch, budget in itertools.product(sizes.batches, sizes.budgets)]
-    entry = config.streams * 2 * config.head_dim * model.params["embed"].dtype.itemsize
     for batch, budget, context in sorted(cells, key=lambda cell: cell[0] * (cell[1] or cell[2])):
         what = f"decode, B={batch}: " + (f"full cache of {context} tokens" if budget is None else f"budget {budget}, any context")
-        if weights + batch * (budget or context) * entry > limit:
+        if compiled.step_bytes(config, weights, batch, context, budget) > memory_limit():
             yield {"what": what, "error": "does not fit"}
             continue
-        rows = filled(model, batch, context, budget, (sizes.rounds + 1) * sizes.new_tokens)
-        # Again and again in the same cache: a copy to begin each round from would double it.
-        seconds = take_turns({what: lambda rows=rows: lambda: list(rows.decode(sizes.new_tokens, 0.0, 1.0, 0, ()))}, sizes.rounds)[what]
-        step = statistics.median(seconds) / sizes.new_tokens
-        gates = compiled.size(model.gates.params) if budget else 0
-        yield {
-            "what": what,
-            "seconds": statistics.median(seconds),
-            "tokens_per_second": round(batch / step, 1),
-            "of_bandwidth": round(compiled.step_bytes(config, weights + gates, batch, context, budget) / bandwidth / step, 3),
-            "peak_bytes": peak_memory_bytes(),
-            "cache_bytes": rows.stats(0).allocated_bytes * batch,
-        }
+        try:
+            yield {"what": what, **serving_row(model, bandwidth, sizes, batch, budget, context)}
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            yield {"what": what, "error": "does not fit with what decoding needs beside it"}
+
+
+def serving_row(model: Model, bandwidth: float, sizes: Served, batch: int, budget: int | None, context: int) -> dict:
+    """Tokens a second of all sequences together, the peak of the device's memory, and the share reached of what `bandwidth`, bytes a second, allows
+    (`compiled.step_bytes`).
+
+    The cache is filled without reading, as what is in it changes no time; under a budget with streams of unequal lengths.
+    """
+    rows = filled(model, batch, context, budget, (sizes.rounds + 1) * sizes.new_tokens)
+    # Again and again in the same cache: a copy to begin each round from would double it.
+    seconds = take_turns({"decode": lambda: lambda: list(rows.decode(sizes.new_tokens, 0.0, 1.0, 0, ()))}, sizes.rounds)["decode"]
+    step = statistics.median(seconds) / sizes.new_tokens
+    weights = compiled.size(model.params) + (compiled.size(model.gates.params) if budget else 0)
+    return {
+        "seconds": statistics.median(seconds),
+        "tokens_per_second": round(batch / step, 1),
+        "of_bandwidth": round(compiled.step_bytes(model.config, weights, batch, context, budget) / bandwidth / step, 3),
+        "peak_bytes": peak_memory_bytes(),
+        "cache_bytes": rows.stats(0).allocated_bytes * batch,
+    }
 
 
 def filled(model: Model, batch: int, context: int, budget: int | None, new_tokens: int) -> Rows:

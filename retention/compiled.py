@@ -40,7 +40,9 @@ class Serving(NamedTuple):
 
 
 SERVINGS = tuple(
-    Serving("qwen3_4b", target, batch, 131_072, budget) for target, batch in (("v5e", 8), ("v5p", 8), ("h100", 8), ("v5e", 1)) for budget in (None, 2048, 512)
+    Serving("qwen3_4b", target, batch, 131_072, budget)
+    for target, batch in (("v5e", 8), ("v5p", 8), ("h100", 8), ("v5e", 1))
+    for budget in (None, 2048, 512)
 )
 
 
@@ -70,7 +72,9 @@ def serve(serving: Serving) -> dict[str, float]:
     gate = gates.GateConfig() if policy.gated else None
     plan = programs.Plan(model, gate, policy, policy.scope, 0, policy.window if isinstance(policy.window, int) else None)
     slots, width = (0, serving.context + CHUNK) if serving.budget is None else (model.streams * serving.budget, CHUNK)
-    cache = jax.eval_shape(lambda: cache_lib.init(model.layers, model.kv_heads, model.head_dim, [serving.budget or 0] * batch, slots, width, jnp.bfloat16))
+    cache = jax.eval_shape(
+        lambda: cache_lib.init(model.layers, model.kv_heads, model.head_dim, [serving.budget or 0] * batch, slots, width, jnp.bfloat16)
+    )
     params = parameters(model, jnp.bfloat16)
     trained = jax.eval_shape(lambda: gates.init(model, gate)) if gate else None
     weights, held = size(params) + size(trained), size(cache)

@@ -65,19 +65,28 @@ def test_serving(small, monkeypatch):
     sizes = bench.Served(contexts=(300, 9000), batches=(1, 3), budgets=(16,), new_tokens=32, rounds=1)
     entry = small.config.streams * 2 * small.config.head_dim * 2
     monkeypatch.setattr(bench, "memory_limit", lambda: compiled.size(half.params) + 9000 * entry)
+    fits = bench.filled
+
+    def filled(model, batch, context, budget, new_tokens):
+        if (batch, budget) == (3, None):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return fits(model, batch, context, budget, new_tokens)
+
+    monkeypatch.setattr(bench, "filled", filled)
     rows = {row["what"]: row for row in bench.serving_rows(half, 1e9, sizes)}
     full = "decode, B={}: full cache of {} tokens"
     assert list(rows) == [
         "decode, B=1: budget 16, any context", "decode, B=3: budget 16, any context",
         full.format(1, 300), full.format(3, 300), full.format(1, 9000), full.format(3, 9000),
     ]  # fmt: skip
+    assert "beside it" in rows.pop(full.format(3, 300))["error"]
     assert rows.pop(full.format(3, 9000)) == {"what": full.format(3, 9000), "error": "does not fit"}
     for row in rows.values():
         assert row["tokens_per_second"] > 0 and row["of_bandwidth"] > 0 and row["peak_bytes"] > row["cache_bytes"] > 0
     # Keys, values, stat, and what is there once a token or once a stream.
     assert rows[full.format(1, 300)]["cache_bytes"] == pytest.approx((300 + 2 * 32) * (entry + 4 * small.config.streams), rel=0.1)
 
-    run = bench.filled(half, 3, 300, 16, 0)
+    run = fits(half, 3, 300, 16, 0)
     assert [run.stats(row).kept_entries for row in range(3)] == [16 * small.config.streams] * 3 and run.stats(0).seen_tokens == 300
     assert len({len(stream) for layer in cache.kept_positions(run.cache, 0) for stream in layer}) > 1
     assert [len(answer) for answer in run.decode_all(5, 0.0, 1.0, 0, ())] == [5] * 3
