@@ -107,38 +107,50 @@ def received(cache: Cache, layer, longest: int, q: jax.Array, k: jax.Array, vali
     return total[..., : -token.shape[0]], total[..., -token.shape[0] :]
 
 
-def most_received(cache: Cache, layer, sinks: int, part: jax.Array, q: jax.Array, k: jax.Array, valid: jax.Array) -> jax.Array:
-    """[B,H,W]: the most attention that one of the new tokens' queries pays a row of the buffer, where `part` [B,W] is looked at with the first `sinks`
-    entries of all and the new tokens before the query (KVzip, METHOD section 6).
+def most_received(cache: Cache, layer, sinks: int, first: jax.Array, count: jax.Array, q: jax.Array, k: jax.Array, valid: jax.Array) -> jax.Array:
+    """[B,H,W]: the most attention that one of the new tokens' queries pays a row of the buffer, of the part of it that begins at row first[b] and has
+    count[b] <= T rows; 0 elsewhere. A query looks at the part, at the first `sinks` entries of all, and at the new tokens up to its own (KVzip, METHOD
+    section 6).
     """
-    (batch, length, heads), width, token = q.shape[:3], part.shape[1], jnp.arange(q.shape[1])
-    visible = part | ((cache.buffer_position < sinks) & (jnp.arange(width) < cache.buffered[:, None]))
-    keys = [cache.buffer_keys[layer], jnp.swapaxes(k, 1, 2)]
-    seen = [jnp.broadcast_to(visible[:, None], (batch, heads, width))]
-    if cache.keys.shape[1]:  # the pool's first entries, where they are the first of all
-        stream = layer * heads + jnp.arange(heads)
-        slots = cache.starts[:, stream, None] + jnp.arange(sinks)  # [B, H, sinks]
-        at = jnp.minimum(slots, cache.keys.shape[1] - 1)
-        there = (slots < cache.starts[:, stream + 1, None]) & (jax.vmap(lambda position, i: position[i])(cache.position, at) < sinks)
-        keys, seen = [jax.vmap(lambda keys, i: keys[i])(cache.keys, at), *keys], [there, *seen]
-    keys, seen = jnp.concatenate(keys, axis=2), jnp.concatenate(seen, axis=2)
-    keys = jnp.where(jnp.pad(seen, ((0, 0), (0, 0), (0, length)), constant_values=True)[..., None], keys, 0)
-    begin = keys.shape[2] - length - width
+    length, heads, width = q.shape[1], q.shape[2], cache.buffer_position.shape[1]
+    rows, leading = min(length, width), min(sinks, width)  # that may hold the part, and the first entries of all
+    queries = min(QUERIES, length)
+    blocks = -(-length // queries)
 
-    def most(most, block):
-        q, number = block
-        query = number * QUERIES + jnp.arange(QUERIES)
-        logits = jnp.einsum("BTHGD,BHND->BHGTN", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-        causal = jnp.broadcast_to(token <= query[:, None], (batch, heads, QUERIES, length))
-        shown = jnp.concatenate([jnp.broadcast_to(seen[:, :, None], (batch, heads, QUERIES, seen.shape[-1])), causal], axis=-1)
-        weights = jax.nn.softmax(logits, axis=-1, where=shown[:, :, None])[..., begin : begin + width]
-        asks = (query < valid[:, None])[:, None, None, :, None]
-        return jnp.maximum(most, jnp.where(asks, weights, 0).max(axis=(2, 3))), None
+    # A stream and a block of queries at a time: what they pay then stays in a CPU's cache.
+    def of_stream(item):
+        b, h = item // heads, item % heads
+        at = jnp.minimum(first[b], width - rows)
+        row, before = at + jnp.arange(rows), jnp.arange(leading)
+        part = (row >= first[b]) & (row < first[b] + count[b])
+        opening = (cache.buffer_position[b, :leading] < sinks) & (before < cache.buffered[b]) & ((before < first[b]) | (before >= first[b] + count[b]))
+        buffer_keys = cache.buffer_keys[layer, b, h]
+        keys, seen = [jax.lax.dynamic_slice_in_dim(buffer_keys, at, rows), buffer_keys[:leading]], [part, opening]
+        if cache.keys.shape[1]:  # the pool's first entries, where they are the first of all
+            slots = cache.starts[b, layer * heads + h] + jnp.arange(sinks)
+            held = jnp.minimum(slots, cache.keys.shape[1] - 1)
+            keys.append(cache.keys[b, held])
+            seen.append((slots < cache.starts[b, layer * heads + h + 1]) & (cache.position[b, held] < sinks))
+        # [N, D], [N - T]: the part, then the entries beside it, then the new tokens
+        keys, seen = jnp.concatenate([*keys, k[b, :, h]]), jnp.concatenate(seen)
 
-    blocks = -(-length // QUERIES)
-    padded = jnp.pad(q, ((0, 0), (0, blocks * QUERIES - length), (0, 0), (0, 0), (0, 0)))
-    padded = jnp.moveaxis(padded.reshape(batch, blocks, QUERIES, *q.shape[2:]), 1, 0)
-    return jax.lax.scan(most, jnp.zeros((batch, heads, width)), (padded, jnp.arange(blocks)))[0]
+        def most(most, block):
+            q, number = block
+            query = number * queries + jnp.arange(queries)
+            logits = jnp.einsum("GTD,ND->GTN", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+            causal = jnp.arange(length) <= query[:, None]
+            shown = jnp.concatenate([jnp.broadcast_to(seen, (queries, seen.shape[0])), causal], axis=1)
+            logits = jnp.where(shown, logits, -jnp.inf)
+            weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+            weights = weights[..., :rows] / weights.sum(axis=-1, keepdims=True)
+            return jnp.maximum(most, jnp.where((query < valid[b])[:, None], weights, 0).max(axis=(0, 1))), None
+
+        # [blocks, G, queries, D]
+        padded = jnp.pad(q[b, :, h], ((0, blocks * queries - length), (0, 0), (0, 0))).reshape(blocks, queries, *q.shape[3:]).swapaxes(1, 2)
+        paid = jax.lax.scan(most, jnp.zeros(rows), (padded, jnp.arange(blocks)))[0]
+        return jax.lax.dynamic_update_slice_in_dim(jnp.zeros(width), jnp.where(part, paid, 0), at, axis=0)
+
+    return jax.lax.map(of_stream, jnp.arange(q.shape[0] * heads)).reshape(-1, heads, width)
 
 
 def stream_scores(config: Config, policy: Policy, longest: int, cache: Cache) -> tuple[jax.Array, jax.Array]:

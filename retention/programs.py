@@ -135,13 +135,12 @@ def reread(plan: Plan, params, cache: Cache, tokens, valid, skipped, first, coun
     positions = cache.seen[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     pool, buffer = (cache.keys, cache.values, cache.starts), (cache.buffer_keys, cache.buffer_values, cache.buffered)
     row = jnp.arange(cache.buffer_stat.shape[3])
-    part = (row >= first[:, None]) & (row < (first + count)[:, None])  # [B, W]
-    unasked = (row >= skipped[:, None]) & (row < first[:, None])
+    looked_at = (row >= skipped[:, None]) & (row < (first + count)[:, None])  # [B, W]
 
     def attend(carry, layer, q, k, v, h):
         out = cached_attention(q, k, v, valid, *pool, *buffer, layer)
-        paid = observations.most_received(cache, layer, plan.sinks, part, q, k, valid)
-        return carry, out, jnp.where(part[:, None], paid, jnp.where(unasked[:, None], 0, cache.buffer_stat[layer]))
+        paid = observations.most_received(cache, layer, plan.sinks, first, count, q, k, valid)
+        return carry, out, jnp.where(looked_at[:, None], paid, cache.buffer_stat[layer])
 
     return bind(config, params)(tokens, positions, attend, layer_inputs=jnp.arange(config.layers, dtype=jnp.int32))[2]
 
