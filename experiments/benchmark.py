@@ -22,7 +22,7 @@ from absl import app, flags
 
 from configs import smollm2_135m
 from pallas_kernels import operations
-from retention import bench, checkpoints, compiled, gates
+from retention import bench, checkpoints, compiled, gates, policies
 from retention import model as model_lib
 from retention.checkpoints import download
 from retention.model import Model
@@ -32,7 +32,8 @@ from retention.training import bench as training_bench
 SUITE = flags.DEFINE_enum("suite", "kernels", ["kernels", "end_to_end", "decoding", "compression", "serving", "training"], "What to time.")
 MODEL = flags.DEFINE_enum("model", "smollm2-135m", ["smollm2-135m", *compiled.MODELS], "The model of suite serving.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder for the suite's CSV.", required=True)
-OPERATIONS = flags.DEFINE_list("operations", list(operations.NAMES), "Which operations.")
+OPERATIONS = flags.DEFINE_list("operations", list(operations.NAMES), "Which operations, of suite kernels.")
+POLICIES = flags.DEFINE_list("policies", policies.names(), "Which policies, of suite compression.")
 
 
 def seconds(function, *arguments) -> float:
@@ -101,7 +102,7 @@ SUITES = {
     "kernels": kernels,
     "end_to_end": lambda: beside_theirs(bench.rows),
     "decoding": lambda: beside_theirs(bench.decoding_rows),
-    "compression": lambda: bench.compression_rows("smollm2-135m"),
+    "compression": lambda: bench.compression_rows("smollm2-135m", POLICIES.value),
     "serving": serving,
     "training": lambda: training_bench.rows(smollm2_135m.get_config("long")),
 }

@@ -11,13 +11,13 @@ import os
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retention import checkpoints, compiled, policies
+from retention import checkpoints, compiled
 from retention.model import Model
 from retention.rows import CHUNK, Rows
 from retention.training.metrics import device_bytes, forget_peak, peak_memory_bytes
@@ -142,7 +142,7 @@ def read(model: Model, tokens: np.ndarray, budget: int | float | None, policy: s
     return rows
 
 
-def compression_rows(model: str, budget: float = 0.25) -> Iterator[dict]:
+def compression_rows(model: str, names: Sequence[str], budget: float = 0.25) -> Iterator[dict]:
     """What it costs to read a context and compress it under each policy, each in a process of its own, so that the peak of its memory is its own.
 
     Retention reads in chunks, the others a context whole, as their papers have it.
@@ -150,7 +150,7 @@ def compression_rows(model: str, budget: float = 0.25) -> Iterator[dict]:
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
         for length, rounds in ((1024, 3), (4096, 1)):
-            for policy in policies.names():
+            for policy in names:
                 yield processes.submit(compression_row, model, policy, length, budget, rounds).result()
 
 
