@@ -1,6 +1,8 @@
 """What a training step tells: a record of numbers, how fast it was, and TensorBoard's copy of it."""
 
 import contextlib
+import ctypes
+import gc
 import itertools
 import os
 import pathlib
@@ -81,6 +83,8 @@ def forget_peak() -> int:
     if held := device_bytes("bytes_in_use"):
         return max(held)
     if sys.platform == "linux":
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what is free but not given back would hide as much of what comes
         pathlib.Path("/proc/self/clear_refs").write_text("5")
     return peak_memory_bytes()
 
