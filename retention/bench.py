@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retention import checkpoints, compiled
+from retention import checkpoints, compiled, policies
 from retention.model import Model
 from retention.rows import CHUNK, Rows
 from retention.training.metrics import device_bytes, forget_peak, peak_memory_bytes
@@ -145,8 +145,10 @@ def read(model: Model, tokens: np.ndarray, budget: int | float | None, policy: s
 def compression_rows(model: str, names: Sequence[str], budget: float = 0.25) -> Iterator[dict]:
     """What it costs to read a context and compress it under each policy, each in a process of its own, so that the peak of its memory is its own.
 
-    Retention reads in chunks, the others a context whole, as their papers have it.
+    Retention reads in chunks, the others a context whole, as their papers have it. Raises ValueError for a name that is not known, before the first row.
     """
+    for name in names:
+        policies.get(name)
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
         for length, rounds in ((1024, 3), (4096, 1)):
@@ -232,18 +234,17 @@ def filled(model: Model, batch: int, context: int, budget: int | None, new_token
     @functools.partial(jax.jit, donate_argnums=0)
     def fill(cache, starts):
         def some(array):
-            values = noise if array.ndim > 2 and array.shape[-1] == config.head_dim else noise[:, 0]
+            values = noise if array.ndim > 2 else noise[:, 0]
             axis = array.ndim - values.ndim
             return jnp.broadcast_to(values[jnp.arange(array.shape[axis]) % 256], array.shape).astype(array.dtype)
 
-        full = budget is None
         slots, width = cache.position.shape[1], cache.buffer_position.shape[1]
         return cache._replace(
             keys=some(cache.keys), values=some(cache.values), stat=-jnp.exp(some(cache.stat)), starts=starts,
             position=jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32) % context, cache.position.shape),
             buffer_keys=some(cache.buffer_keys), buffer_values=some(cache.buffer_values),
             buffer_position=jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), cache.buffer_position.shape),
-            buffered=jnp.full(batch, context if full else 0, jnp.int32), seen=jnp.full(batch, context, jnp.int32),
+            buffered=jnp.full(batch, context if budget is None else 0, jnp.int32), seen=jnp.full(batch, context, jnp.int32),
         )  # fmt: skip
 
     rows.cache = fill(rows.cache, jnp.pad(jnp.asarray(ends), ((0, 0), (1, 0))))
