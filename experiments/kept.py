@@ -26,7 +26,7 @@ def main(_):
     file = pathlib.Path(CONTEXT.value or pathlib.Path(__file__).parent / "demo_document.txt")
     run = RunFolder(WORKDIR.value, ConfigDict(dict(context=str(file), budget=BUDGET.value, policy=POLICY.value, model=MODEL.value, gates=GATES.value)))
     model = retention.load(MODEL.value, gates=GATES.value)
-    text = model.tokenizer.turn()[0] + file.read_text(encoding="utf-8")
+    text = model.tokenizer.turn[0] + file.read_text(encoding="utf-8")
     tokens = model.tokenizer.encode(text)
     session = retention.Session(model, budget=BUDGET.value, policy=POLICY.value)
     session.append(text)

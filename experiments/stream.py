@@ -11,7 +11,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from retention import checkpoints
+from retention import chat, checkpoints
 from retention.evaluation import needles, prose, streaming
 from retention.evaluation.plots import plot_streams
 from retention.model import Model
@@ -26,11 +26,11 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def begin_stream(config: ConfigDict, model: Model, samples: list[needles.Sample]) -> tuple[list[list[int]], np.ndarray]:
     """What the caches read first, and the tokens [B, T] that follow: the model's own if there are samples, else prose."""
-    encode = model.tokenizer.encode
     if samples:
+        encode = chat.encoder(model.tokenizer)
         prompts = [encode(sample.context, bos=True) for sample in samples]
         return prompts, streaming.tell(model, prompts, config.tokens, config.temperature, config.seed)
-    pairs = prose.windows([encode(one) for one in text.load(config.text)], config.piece, config.tokens, config.samples, config.seed)
+    pairs = prose.windows([model.tokenizer.encode(one) for one in text.load(config.text)], config.piece, config.tokens, config.samples, config.seed)
     return [prompt for prompt, _ in pairs], np.array([tokens for _, tokens in pairs])
 
 

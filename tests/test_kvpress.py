@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import retention
+from retention.chat import SYSTEM, USER
 from retention.checkpoints import download
 from retention.policies import ada_snapkv, expected_attention, keydiff, knorm, kvzip, lagkv, pyramidkv, snapkv, tova, window
 from retention.rows import Rows
 from retention.training import text
-from retention.training.documents import SYSTEM, USER
 
 TOKENS = 1024
 

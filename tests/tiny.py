@@ -8,9 +8,9 @@ import safetensors.numpy
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from retention.chat import ASK, SYSTEM, USER
 from retention.checkpoints.huggingface import NAMES
 from retention.training import text
-from retention.training.documents import ASK, SYSTEM, USER
 from tests.conftest import small_config, small_model
 
 TEMPLATE = (

@@ -1,6 +1,7 @@
 """Tokenizers from GGUF metadata and from Hugging Face folders, incremental decoding, and chat templates."""
 
 import datetime
+import functools
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -46,6 +47,7 @@ class Tokenizer:
     Attributes:
       vocab_size: the number of tokens, special ones included. A model's embedding table may have more rows (padding).
       eos_ids: the ids that end a text or a turn.
+      special_tokens: the names of all special tokens.
       chat_template: in Jinja, or None.
     """
 
@@ -63,6 +65,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         added = tokenizer.get_added_tokens_decoder()
+        self.special_tokens = tuple(token.content for token in added.values() if token.special)
         end_of_text = [token_id for token_id, token in added.items() if token.special and token.content == END_OF_TEXT]
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos_ids, *end_of_text]))
 
@@ -202,11 +205,27 @@ class Tokenizer:
         except jinja2.TemplateError as error:
             raise ValueError(f"the model's chat template does not take these messages: {error}") from error
 
+    @functools.cached_property
     def turn(self) -> tuple[str, str]:
         """What `chat` puts before a conversation's first user message, and what between it and the answer. Raises ValueError as `chat`."""
         message = "context"
         opening, closing = self.chat([{"role": "user", "content": message}]).rsplit(message, 1)
         return opening, closing
+
+    @functools.cached_property
+    def between(self) -> tuple[str, str]:
+        """What `chat` puts between an answer and the next user message: the token that ends the answer, and the rest.
+
+        Raises ValueError as `chat`, and where no token of `eos_ids` ends the answer.
+        """
+        roles, said = ("user", "assistant", "user"), ("question", "answer", "context")
+        text = self.chat([{"role": role, "content": content} for role, content in zip(roles, said, strict=True)])
+        between = text.rsplit(said[2], 1)[0].rsplit(said[1], 1)[1]
+        names = [self._tokenizer.id_to_token(token_id) for token_id in self.eos_ids]
+        ends = [between.index(name) + len(name) for name in names if name and name in between]
+        if not ends:
+            raise ValueError(f"the model's chat template puts {between!r} behind an answer, which holds none of the tokens that end a turn: {names}")
+        return between[: min(ends)], between[min(ends) :]
 
 
 class StreamDecoder:

@@ -7,13 +7,12 @@ as their papers have it; all of them and all their budgets share that reading, a
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import pathlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -21,7 +20,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from retention import cache as cache_lib
-from retention import checkpoints, policies
+from retention import chat, checkpoints, policies
 from retention.evaluation import plots, prose, tasks
 from retention.model import Model
 from retention.names import check_name
@@ -29,7 +28,6 @@ from retention.reading import Reading, reader
 from retention.rows import Rows
 from retention.runs import RunFolder, write_table
 from retention.training import text
-from retention.training.documents import END
 
 BINS = 16  # of distance, from the newest token to the oldest
 
@@ -240,6 +238,7 @@ class Asking:
     """A task of contexts and questions."""
 
     reader: Reader
+    encode: Callable[..., list[int]]  # of the chat.encoder
     task: tasks.Task
     contexts: Sequence[list[int]]  # the samples', as tokens
 
@@ -283,8 +282,8 @@ class Asking:
             going = rows if turns or number == last else rows.fork()
             asked = [sample.questions[number] if number < len(sample.questions) else "" for sample in samples]
             if turns:  # an answer that was cut off is ended first, as a turn must be
-                asked = [question if end else END + question for question, end in zip(asked, ended, strict=True)]
-            going.append([tokenizer.encode(question, bos=False) if question else [] for question in asked])
+                asked = [question if end else chat.END + question for question, end in zip(asked, ended, strict=True)]
+            going.append([self.encode(question) for question in asked])
             answers = going.decode_all(config.max_new_tokens, 0.0, 1.0, config.seed, tokenizer.eos_ids)
             ended = [answer[-1] in tokenizer.eos_ids for answer in answers]
             yield list(zip(answers, cache_lib.kept_entries(going.cache).tolist(), strict=True))
@@ -313,13 +312,14 @@ class Prose:
 
 
 def asking_task(config: ConfigDict, model: Model, texts: list[str], task: str, length: int | None) -> Asking:
-    loaded = tasks.load(task, model.tokenizer.encode, texts, length, config.samples, config.seed, config.data, config.execute)
-    wanted = loaded.longest_answer(functools.partial(model.tokenizer.encode, bos=False))
+    encode = chat.encoder(model.tokenizer)
+    loaded = tasks.load(task, encode, texts, length, config.samples, config.seed, config.data, config.execute)
+    wanted = loaded.longest_answer(encode)
     if wanted > config.max_new_tokens:
         raise ValueError(f"max_new_tokens must be at least {wanted}, which an answer to {task} takes, got {config.max_new_tokens}")
     if config.question_seen:
         loaded = tasks.seen(loaded)
-    return Asking(Reader(config, model), loaded, [model.tokenizer.encode(sample.context, bos=True) for sample in loaded.samples])
+    return Asking(Reader(config, model), encode, loaded, [encode(sample.context, bos=True) for sample in loaded.samples])
 
 
 def prose_task(config: ConfigDict, model: Model, texts: list[str], task: str, length: int) -> Prose:

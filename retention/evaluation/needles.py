@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from retention.chat import ASK, SYSTEM, USER
 from retention.names import check_name
 from retention.training import text
-from retention.training.documents import ASK, SYSTEM, USER
 from retention.training.words import pick
 
 FIRST = (

@@ -23,12 +23,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from retention.chat import ASK, END, SYSTEM, USER
 from retention.evaluation import ruler_documents
 from retention.evaluation.needles import Sample, plant, strata
 from retention.evaluation.ruler_words import ADJECTIVES, NOUNS
 from retention.names import check_name
 from retention.training import text
-from retention.training.documents import ASK, END, SYSTEM, USER
 from retention.training.words import pick
 
 Make = Callable[[np.random.Generator], str]

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 import optax
 
+from retention.chat import ASK, END, SYSTEM, USER, encoder
 from retention.checkpoints import caches
 from retention.evaluation import needles
 from retention.model import Model
 from retention.rows import Rows
-from retention.training.documents import ASK, END, SYSTEM, USER
 
 
 def stories(count: int, seed: int) -> list[needles.Sample]:
@@ -78,6 +78,7 @@ def resume(folder: pathlib.Path, rows: Mapping[str, Rows]) -> tuple[np.ndarray |
 def remembered(rows: Rows, samples: Sequence[needles.Sample], max_new_tokens: int = 24) -> list[bool]:
     """Whether each of the rows answers its sample's question."""
     tokenizer = rows.model.tokenizer
-    rows.append([tokenizer.encode(sample.questions[0], bos=False) for sample in samples])
+    encode = encoder(tokenizer)
+    rows.append([encode(sample.questions[0]) for sample in samples])
     said = map(tokenizer.decode, rows.decode_all(max_new_tokens, 0.0, 1.0, 0, tokenizer.eos_ids))
     return [needles.correct("needle", sample.answers[0], one) for sample, one in zip(samples, said, strict=True)]

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from retention.chat import ASK, SYSTEM, USER
 from retention.evaluation import datasets, metrics, needles, ruler
 from retention.names import check_name
 from retention.training import text
-from retention.training.documents import ASK, SYSTEM, USER
 
 NAMES = (*needles.TASKS, *ruler.TASKS, "prose", *datasets.TASKS)
 QA_FILES = {"qa_1": ("squad.json", "dev-v2.0.json", "dev-v1.1.json"), "qa_2": ("hotpotqa.json", "hotpot_dev_distractor_v1.json")}

@@ -9,14 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from retention.chat import ASK, END, SYSTEM, USER
 from retention.training import text
 from retention.training.families import FAMILIES
 from retention.training.words import expand, pick
-
-SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-USER = "<|im_start|>user\n"
-ASK = "<|im_end|>\n<|im_start|>assistant\n"
-END = "<|im_end|>"
 
 Part = tuple[list[int], bool]  # tokens, and whether they are an assistant's answer
 

@@ -5,6 +5,7 @@ from typing import Protocol
 import numpy as np
 from ml_collections import ConfigDict
 
+from retention import chat
 from retention.checkpoints.tokenizer import Tokenizer
 from retention.training import documents, text
 from retention.training.records import Records
@@ -37,7 +38,7 @@ class _Endless:
 
 
 class Facts(_Endless):
-    """Prose with planted facts and chat turns that ask for them, in SmolLM's chat format (see documents.py). Nearly `length` tokens each."""
+    """Prose with planted facts and chat turns that ask for them, in the model's own chat format (see documents.py). Nearly `length` tokens each."""
 
     answers = True
 
@@ -48,7 +49,7 @@ class Facts(_Endless):
 
     def document(self, index: int, tokenizer: Tokenizer) -> Document:
         rng = np.random.default_rng((self._seed, index))
-        parts = documents.document(self._texts, lambda piece: tokenizer.encode(piece, bos=False), rng, self._length)
+        parts = documents.document(self._texts, chat.encoder(tokenizer), rng, self._length)
         tokens = np.array([token for part, _ in parts for token in part], np.int32)
         return tokens, np.repeat([answer for _, answer in parts], [len(part) for part, _ in parts])
 
@@ -78,6 +79,7 @@ def open_source(name: str, entry: ConfigDict, tokenizer: Tokenizer, length: int,
     if set(entry) != {"kind", "path", "weight"}:
         raise ValueError(f"data.sources.{name} needs kind, path and weight, not {', '.join(entry)}")
     if entry.kind == "facts":
+        chat.encoder(tokenizer)  # a model without chat turns is refused now
         return Facts(entry.path, length, seed)
     if entry.kind == "text":
         return Prose(entry.path, length, seed)

@@ -16,7 +16,7 @@ Encode = Callable[[str], list[int]]
 
 _ABBREVIATION = r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\bMs)(?<!\b[A-Z])(?<!e\.g)(?<!i\.e)"
 _SENTENCE_END = re.compile(rf"{_ABBREVIATION}[.!?][\"'”’)\]]*(?=\s+[\"'“‘(\[]?[A-Z])|(?=\n\n)")
-_SPECIAL = re.compile(r"<\|\w+\|>")  # would be parsed as control tokens by a tokenizer
+_MARKS = re.compile(r"<\|\w+\|>")
 _GLUED = re.compile(r"([a-z]{2}[.!?][\"”)]?)(?=[A-Z][a-z]*[ ,'’-])")  # "software.Not": paragraphs whose break was lost with the markup
 _NO_PROSE = ("::=", ">>>", "|", "+--", "***", "===", "---", "~~~")
 _WORD = re.compile(r"\s*\S+")
@@ -45,11 +45,16 @@ def load(source: str) -> list[str]:
     return documents
 
 
+def without_marks(text: str) -> str:
+    """Text from outside, without what a tokenizer would take for control tokens, such as a turn's end."""
+    return _MARKS.sub("", text)
+
+
 def _read(path: str) -> str:
     with open(path, "rb") as file:
         raw = file.read()
     try:
-        text = _SPECIAL.sub("", raw.decode("utf-8-sig").replace("\r\n", "\n"))
+        text = without_marks(raw.decode("utf-8-sig").replace("\r\n", "\n"))
     except UnicodeDecodeError as error:
         raise ValueError(f"the text file {path} is not UTF-8 (byte {error.start}); convert it or leave it out") from None
     text = _paragraphs(text) if path.endswith(".txt") else text.strip("\n")

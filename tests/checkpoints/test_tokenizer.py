@@ -149,7 +149,7 @@ def test_chat():
 
 
 def test_a_turn_is_what_chat_puts_around_a_message():
-    opening, closing = SMALL.turn()
+    opening, closing = SMALL.turn
     assert opening + "Hi" + closing == SMALL.chat([{"role": "user", "content": "Hi"}])
     assert opening and closing.endswith("assistant\n")
 

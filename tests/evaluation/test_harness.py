@@ -16,11 +16,11 @@ import pytest
 
 from configs import eval_leaderboard, eval_needles, eval_prose, eval_reasoning, eval_ruler
 from retention import policies
+from retention.chat import ASK, END, USER
 from retention.checkpoints import gates as gates_file
 from retention.evaluation import harness, needles, prose, tasks
 from retention.rows import Rows
 from retention.runs import RunFolder
-from retention.training.documents import ASK, END, USER
 from tests import tiny
 from tests.conftest import small_config, small_model
 

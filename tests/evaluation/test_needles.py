@@ -5,9 +5,9 @@ import re
 import numpy as np
 import pytest
 
+from retention.chat import SYSTEM, USER
 from retention.evaluation import needles
 from retention.training import text
-from retention.training.documents import SYSTEM, USER
 from retention.training.families import FAMILIES
 from retention.training.words import WORDS
 

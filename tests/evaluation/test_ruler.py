@@ -7,10 +7,10 @@ import re
 import numpy as np
 import pytest
 
+from retention.chat import ASK, END, SYSTEM, USER
 from retention.evaluation import ruler
 from retention.evaluation.ruler_words import ADJECTIVES, NOUNS
 from retention.training import text
-from retention.training.documents import ASK, END, SYSTEM, USER
 from retention.training.words import WORDS
 
 TOKEN = re.compile(r"<\|\w+\|>|\s?\w+|\s?[^\w\s]|\s")

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from retention.chat import ASK, SYSTEM, USER
 from retention.evaluation import datasets, needles, ruler, tasks
 from retention.training import text
-from retention.training.documents import ASK, SYSTEM, USER
 from tests.evaluation.test_datasets import RECORDS, write
 from tests.evaluation.test_needles import encode
 
