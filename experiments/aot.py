@@ -19,6 +19,7 @@ from tqdm import tqdm
 from configs import qwen3_4b
 from pallas_kernels import aot, operations
 from retention import compiled as serving
+from retention.names import check_name
 from retention.training import compiled
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder for kernels.csv, training.csv or serving.csv.", required=True)
@@ -71,6 +72,7 @@ def readable(column: str, value) -> str:
 
 def require_compilers(targets) -> None:
     for target in targets:
+        check_name("target", target, aot.TARGETS)
         if reason := aot.missing(target):
             sys.exit(reason)
 
@@ -78,6 +80,8 @@ def require_compilers(targets) -> None:
 def kernels():
     """The name of each kernel's program, a size and a target, and what compiles it."""
     require_compilers(TARGETS.value)
+    for operation in OPERATIONS.value:
+        check_name("operation", operation, operations.NAMES)
     for program in (program for operation in OPERATIONS.value for program in operations.programs(operation)):
         for target in TARGETS.value:
             name = program.operation, program.label, target
@@ -90,8 +94,8 @@ def kernels():
 def training():
     """The name of each training step, and what compiles it."""
     steps = {step.label: step for step in compiled.STEPS}
-    if unknown := [label for label in STEPS.value if label not in steps]:
-        sys.exit(f"no training step {unknown[0]!r}: there are {', '.join(steps)}")
+    for label in STEPS.value:
+        check_name("training step", label, steps)
     chosen = [steps[label] for label in STEPS.value]
     require_compilers(step.topology.partition(":")[0] for step in chosen)
     for step in chosen:

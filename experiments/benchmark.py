@@ -26,7 +26,8 @@ from retention import bench, checkpoints, compiled, gates, policies
 from retention import model as model_lib
 from retention.checkpoints import download
 from retention.model import Model
-from retention.runs import write_table
+from retention.names import check_name
+from retention.runs import commit, write_table
 from retention.training import bench as training_bench
 
 SUITE = flags.DEFINE_enum("suite", "kernels", ["kernels", "end_to_end", "decoding", "compression", "serving", "training"], "What to time.")
@@ -67,6 +68,8 @@ def read_bandwidth() -> float:
 
 
 def kernels() -> Iterator[dict]:
+    for name in OPERATIONS.value:
+        check_name("operation", name, operations.NAMES)
     platform = jax.default_backend()
     copy, read = copy_bandwidth(), read_bandwidth()
     print(f"a copy moves {copy / 1e9:.1f} GB/s, a sum reads {read / 1e9:.1f} GB/s")
@@ -109,13 +112,13 @@ SUITES = {
 
 
 def main(_):
-    device = jax.devices()[0].device_kind
-    print(device)
+    device, version = jax.devices()[0].device_kind, commit()
+    print(device, version)
     path = pathlib.Path(WORKDIR.value)
     path.mkdir(parents=True, exist_ok=True)
     rows = []
     for row in SUITES[SUITE.value]():
-        rows.append({"device": device, **row})
+        rows.append({"device": device, "commit": version, **row})
         print("  ".join(f"{key} {value}" for key, value in row.items() if value != ""), flush=True)
         # Again after every row, as rows differ in their columns and a long run may be cut short.
         write_table(path / f"{SUITE.value}.csv", rows)

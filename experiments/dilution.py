@@ -44,6 +44,7 @@ def problem(key, count: int, samples: int, dim: int, margin: float, spread: floa
 def main(_):
     config = CONFIG.value
     run = RunFolder(WORKDIR.value, config)
+    run.keep_metrics([])
     rows = []
     for count in tqdm(config.distractors, unit="size"):
         keys, values, query, evidence = problem(jax.random.key(config.seed), count, config.samples, config.dim, config.margin, config.spread)

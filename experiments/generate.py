@@ -3,12 +3,11 @@
 With --context=FILE the file's text is compressed first, before the prompt is seen.
 """
 
-import pathlib
-
 from absl import app, flags
 
 import retention
 from retention.cache import SCOPES
+from retention.training import text
 
 MODEL = flags.DEFINE_string("model", "smollm2-135m", "A model's name, a .gguf file or a Hugging Face folder.")
 GATES = flags.DEFINE_string("gates", "shipped", "'shipped', a gates file, or 'none'.")
@@ -29,24 +28,23 @@ SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
 flags.mark_flag_as_required("prompt")
 
 
-def parse_budget(text: str) -> int | float | None:
-    if text.lower() == "none":
+def parse_budget(budget: str) -> int | float | None:
+    if budget.lower() == "none":
         return None
     try:
-        return float(text) if "." in text or "e" in text.lower() else int(text)
+        return float(budget) if "." in budget or "e" in budget.lower() else int(budget)
     except ValueError:
-        raise ValueError(f"--budget must be a whole number, a fraction such as 0.125, or none, got {text!r}") from None
+        raise ValueError(f"--budget must be a whole number, a fraction such as 0.125, or none, got {budget!r}") from None
 
 
 def main(_):
     budget = parse_budget(BUDGET.value)
-    gates = None if GATES.value == "none" else GATES.value
-    model = retention.load(MODEL.value, gates=gates, dtype=DTYPE.value)
+    model = retention.load(MODEL.value, gates=GATES.value, dtype=DTYPE.value)
     session = retention.Session(
         model, budget, POLICY.value, SCOPE.value, PREFILL_CHUNK.value or None, SINKS.value, WINDOW.value
     )
     if CONTEXT.value:
-        session.append(pathlib.Path(CONTEXT.value).read_text(encoding="utf-8"))
+        session.append(text.read(CONTEXT.value))
     for piece in session.stream(PROMPT.value, MAX_NEW_TOKENS.value, TEMPERATURE.value, TOP_P.value, SEED.value, CHAT.value):
         print(piece, end="", flush=True)
     print(f"\n[{session.stats}]")

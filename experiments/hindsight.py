@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from retention import checkpoints
 from retention.evaluation import hindsight, prose
-from retention.evaluation.harness import batches
+from retention.evaluation.harness import batches, check_numbers, inputs
 from retention.runs import RunFolder, write_table
 from retention.training import text
 
@@ -22,10 +22,11 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main(_):
     config = CONFIG.value
-    run = RunFolder(WORKDIR.value, config)
+    check_numbers(config)
+    model, texts = checkpoints.load(config.model, gates=None, dtype=config.dtype), text.load(config.text)
+    tokens = [model.tokenizer.encode(one) for one in texts]
+    run = RunFolder(WORKDIR.value, config, program="hindsight", **inputs(model, texts))
     run.keep_metrics([])
-    model = checkpoints.load(config.model, gates=None, dtype=config.dtype)
-    tokens = [model.tokenizer.encode(one) for one in text.load(config.text)]
     scopes = config.scopes or ("global", "layer", "head")
     measured = []
     for length in config.lengths:

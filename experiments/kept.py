@@ -12,12 +12,13 @@ from ml_collections import ConfigDict
 import retention
 from retention.evaluation import kept_text
 from retention.runs import RunFolder, write_table
+from retention.training import text
 
 CONTEXT = flags.DEFINE_string("context", None, "A text file, read as a user's turn; the demo's story unless given.")
-BUDGET = flags.DEFINE_float("budget", 0.125, "The fraction of the entries that stays.", lower_bound=0)
+BUDGET = flags.DEFINE_float("budget", 0.125, "The fraction of the entries that stays.", lower_bound=0, upper_bound=1)
 POLICY = flags.DEFINE_string("policy", "retention", "Which policy evicts.")
 MODEL = flags.DEFINE_string("model", "smollm2-135m", "The model, a name, a folder or a .gguf file.")
-GATES = flags.DEFINE_string("gates", "auto", "Its gates, a file; auto: those shipped with it, if any.")
+GATES = flags.DEFINE_string("gates", "auto", "Its gates, a file, or none; auto: those shipped with it, if any.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder.")
 flags.mark_flag_as_required("workdir")
 
@@ -26,10 +27,10 @@ def main(_):
     file = pathlib.Path(CONTEXT.value or pathlib.Path(__file__).parent / "demo_document.txt")
     run = RunFolder(WORKDIR.value, ConfigDict(dict(context=str(file), budget=BUDGET.value, policy=POLICY.value, model=MODEL.value, gates=GATES.value)))
     model = retention.load(MODEL.value, gates=GATES.value)
-    text = model.tokenizer.turn[0] + file.read_text(encoding="utf-8")
-    tokens = model.tokenizer.encode(text)
+    read = model.tokenizer.turn[0] + text.read(file)
+    tokens = model.tokenizer.encode(read)
     session = retention.Session(model, budget=BUDGET.value, policy=POLICY.value)
-    session.append(text)
+    session.append(read)
     kept, pieces = kept_text.mask(session.kept(), len(tokens)), [model.tokenizer.decode([token]) for token in tokens]
     title = f"{file.name}: {len(tokens)} tokens, {kept.mean():.1%} of the entries kept by {POLICY.value}"
     (run.path / "kept.html").write_text(kept_text.page(kept, pieces, title), encoding="utf-8")

@@ -20,7 +20,10 @@ def main(_):
     lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
     if not lines:
         raise ValueError(f"{file} has no record yet; wait for the first steps")
-    for path in plot_run([json.loads(line) for line in lines], folder):
+    records = [json.loads(line) for line in lines]
+    if "step" not in records[0]:
+        raise ValueError(f"{file} is not of a training run; give the --workdir of experiments.train_gates")
+    for path in plot_run(records, folder):
         print(path)
 
 

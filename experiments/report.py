@@ -19,6 +19,8 @@ flags.mark_flags_as_required(["runs", "out"])
 
 
 def main(_):
+    if not RUNS.value:
+        raise ValueError("--runs names no folder; give those of finished runs, with commas between them")
     runs = []
     for folder in map(pathlib.Path, RUNS.value):
         missing = [name for name in ("config.json", "results.csv", "run_meta.json") if not (folder / name).exists()]

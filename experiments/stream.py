@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from retention import chat, checkpoints
 from retention.evaluation import needles, prose, streaming
+from retention.evaluation.harness import inputs
 from retention.evaluation.plots import plot_streams
 from retention.model import Model
 from retention.rows import Rows
@@ -34,10 +35,24 @@ def begin_stream(config: ConfigDict, model: Model, samples: list[needles.Sample]
     return [prompt for prompt, _ in pairs], np.array([tokens for _, tokens in pairs])
 
 
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for a stream that cannot be cut as the config says."""
+    if config.samples < 1 or config.piece < 1:
+        raise ValueError(f"config.samples and config.piece must be at least 1, got {config.samples} and {config.piece}")
+    if config.tokens < config.piece or config.tokens % config.piece:
+        raise ValueError(f"config.tokens must be a multiple of config.piece, {config.piece}, got {config.tokens}")
+    if not 1 <= config.bins <= config.tokens // config.piece:
+        raise ValueError(f"config.bins must be from 1 to the stream's {config.tokens // config.piece} pieces, got {config.bins}")
+
+
 def main(_):
     config = CONFIG.value
-    run = RunFolder(WORKDIR.value, config)
+    check(config)
     model = checkpoints.load(config.model, gates=config.gates, dtype=config.dtype)
+    run = RunFolder(WORKDIR.value, config, program="stream", **inputs(model, text.load(config.text)))
+    if (run.path / "stream.csv").exists():
+        print(f"{run.path / 'stream.csv'} is there: this run has come to its end")
+        return
     kinds = {"full": ("full", None)} | {f"{policy} {budget}": (policy, budget) for policy in config.policies for budget in config.budgets}
     caches = {name: Rows(model, config.samples, budget, policy, prefill_chunk=config.piece) for name, (policy, budget) in kinds.items()}
     samples = streaming.stories(config.samples, config.seed) if config.kind == "story" else []
@@ -65,9 +80,9 @@ def main(_):
         if samples:
             rows[-1]["answered"] = sum(streaming.remembered(caches[name], samples))
         print(f"{name:16} loss {[row['loss'] for row in rows[-config.bins :]]} KL {[row['kl'] for row in rows[-config.bins :]]}", rows[-1]["answered"])
-    write_table(run.path / "stream.csv", rows)
     plot_streams(rows, run.path / "stream.png")
     run.finish(seed=config.seed)
+    write_table(run.path / "stream.csv", rows)  # last, as it says that the run is at its end
     shutil.rmtree(kept, ignore_errors=True)
 
 

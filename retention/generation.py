@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import numbers
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ from retention import cache as cache_lib
 from retention import policies
 from retention.checkpoints import caches
 from retention.model import Model
+from retention.names import is_whole
 from retention.rows import Rows, Stats
 
 
@@ -26,19 +27,27 @@ class Generation:
     stats: Stats
 
 
-def check_sampling(max_new_tokens, temperature, top_p) -> None:
-    if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 1:
+def check_sampling(max_new_tokens, temperature, top_p, seed) -> None:
+    if not is_whole(max_new_tokens, 1):
         raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if not isinstance(temperature, numbers.Real) or not temperature >= 0:
+        raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature!r}")
+    if not isinstance(top_p, numbers.Real) or not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")
+    if not is_whole(seed) or seed >= 2**32:
+        raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, got {seed!r}")
 
 
 def encode(model: Model, text: str, name: str, chat: bool, first: bool) -> list[int]:
     """Token ids of `text`, with what the tokenizer puts before a conversation if it is the `first`. An empty text is an error."""
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer, so it takes no text: put a tokenizer.json into its folder")
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a text (str), got {text!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} holds half a character (a lone surrogate) at {error.start}; take it out") from None
     if not text:
         raise ValueError(f"{name} is empty; give at least one character")
     if chat:
@@ -79,9 +88,9 @@ def generate(
     Raises:
       ValueError: an argument that cannot work, by name.
     """
-    if isinstance(prompts, str) or not prompts:
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable) or not (prompts := list(prompts)):
         raise ValueError("prompts must be a list of at least one text")
-    check_sampling(max_new_tokens, temperature, top_p)
+    check_sampling(max_new_tokens, temperature, top_p, seed)
     rows = Rows(model, len(prompts), budget, policy, scope, prefill_chunk, sinks, window)
     rows.append([encode(model, prompt, f"prompts[{i}]", chat, first=True) for i, prompt in enumerate(prompts)])
     tokens = rows.decode_all(max_new_tokens, temperature, top_p, seed, model.tokenizer.eos_ids)
@@ -128,7 +137,7 @@ class Session:
 
         Abandoned midway, the session goes on from the last piece.
         """
-        check_sampling(max_new_tokens, temperature, top_p)
+        check_sampling(max_new_tokens, temperature, top_p, seed)
         if text:
             self.append(text, chat)
         elif self._rows.cache is None:
@@ -162,7 +171,7 @@ class Session:
     def save(self, path: str | pathlib.Path) -> None:
         """Writes the session to a safetensors file, whole or not at all: its cache, as large as the budget, and what `restore` needs to go on with it.
 
-        Raises ValueError if nothing was appended yet, or if the policy is not a registered name: a file cannot hold a function.
+        Raises ValueError if nothing was appended yet, or if the policy is not a registered name: a file cannot hold a function. And as `arrays.save`.
         """
         rows, arguments = self._rows, {name: x.item() if isinstance(x, np.generic) else x for name, x in self._arguments.items()}
         if rows.cache is None:

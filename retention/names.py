@@ -1,6 +1,7 @@
-"""A name that is not known is answered with the nearest that are."""
+"""A name that is not known is answered with the nearest that are; what a whole number is."""
 
 import difflib
+import numbers
 from collections.abc import Collection
 
 
@@ -10,3 +11,8 @@ def check_name(kind: str, name: str, known: Collection[str]) -> None:
         near = difflib.get_close_matches(name, known)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise ValueError(f"unknown {kind} {name!r}: {hint}known are {', '.join(known)}")
+
+
+def is_whole(value, least: int = 0) -> bool:
+    """Whether `value` is a whole number, numpy's too, of at least `least`; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least

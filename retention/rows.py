@@ -18,7 +18,7 @@ from retention import cache as cache_lib
 from retention import observations, policies, programs
 from retention.cache import Cache
 from retention.model import Model
-from retention.names import check_name
+from retention.names import check_name, is_whole
 from retention.programs import Plan
 
 CHUNK = 256  # tokens that go through the layers at once, and the write buffer's length where prefill_chunk does not say
@@ -89,9 +89,9 @@ class Rows:
         if scope not in policy.scopes:
             raise ValueError(f"this policy makes no sense under scope={scope!r}; its scope may be {' or '.join(policy.scopes)}")
         for name, value in (("sinks", sinks), ("window", window)):
-            if value is not None and (not isinstance(value, numbers.Integral) or value < 0):
+            if value is not None and not is_whole(value):
                 raise ValueError(f"{name} must be a whole number of tokens, 0 or more, or None for the policy's own, got {value!r}")
-        if prefill_chunk is not None and (not isinstance(prefill_chunk, numbers.Integral) or prefill_chunk < 1):
+        if prefill_chunk is not None and not is_whole(prefill_chunk, 1):
             raise ValueError(f"prefill_chunk must be at least 1 token, or None for one-shot prefill, got {prefill_chunk!r}")
         trained = model.gates
         if sinks is None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -11,7 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import jax
 from jax.experimental import multihost_utils
@@ -23,22 +24,29 @@ from retention.distributed import is_primary
 class RunFolder:
     """Opens `workdir` for a run, or goes on with the run that is in it. Of several processes all read it and the first one writes.
 
-    free: names of entries ("keep_checkpoints"; "mesh" with all below it) that may differ from those the run was started with.
+    free: names of entries ("keep_checkpoints"; "mesh" with all below it) that may differ from those the run was started with. inputs: what its records
+    depend on besides, such as the program that writes them and `digest`s of what it reads; config.json holds them too.
 
-    Raises ValueError if the folder holds a run with another config. One that has logged nothing yet does not count, for what failed at the
-    start is started again with a corrected config.
+    Raises ValueError if the folder holds a run with another config or other inputs. One that has logged nothing yet does not count, for what failed at
+    the start is started again with a corrected config; FileExistsError where `workdir` is a file.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, config: ConfigDict, free: Collection[str] = ()):
+    def __init__(self, workdir: str | pathlib.Path, config: ConfigDict, free: Collection[str] = (), **inputs: str):
         self.path = pathlib.Path(workdir).absolute()
-        self._start = time.time()
+        self._start, self._commit, self._logged = time.time(), commit(), False
+        self._meta = self.path / "run_meta.json"
         file = self.path / "config.json"
+        entries = config.to_dict() | ({"inputs": inputs} if inputs else {})
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"workdir {self.path} is a file; give the path of a folder, which is made where there is none")
         if file.exists() and self.metrics():
-            check_same(json.loads(file.read_text()), config.to_dict(), free, f"workdir {self.path} holds a run with another config (config.json)")
+            if self._meta.exists():  # records of several versions of the code name them all
+                self._commit = ", ".join(dict.fromkeys([*json.loads(self._meta.read_text())["commit"].split(", "), self._commit]))
+            check_same(json.loads(file.read_text()), entries, free, f"workdir {self.path} holds a run with another config (config.json)")
         multihost_utils.sync_global_devices("the run folder was read")  # before it changes
         if is_primary():
             self.path.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(config.to_dict(), indent=2)
+            text = json.dumps(entries, indent=2)
             if not file.exists() or file.read_text() != text:
                 replace_text(file, text)
             metrics = self.path / "metrics.jsonl"
@@ -60,8 +68,11 @@ class RunFolder:
             replace_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
     def log_all(self, records: list[dict]) -> None:
-        """Appends records to metrics.jsonl in one write."""
+        """Appends records to metrics.jsonl in one write. Before the first, run_meta.json says by which commit they are."""
         if is_primary():
+            if not self._logged:
+                self._logged = True
+                replace_text(self._meta, json.dumps({"commit": self._commit}))
             file = self.path / "metrics.jsonl"
             with writing(file), open(file, "a") as opened:
                 opened.write("".join(json.dumps(record) + "\n" for record in records))
@@ -71,9 +82,14 @@ class RunFolder:
         self.log_all([record])
 
     def finish(self, **facts) -> dict:
-        """Writes and returns run_meta.json: commit, command, versions, device, seconds, and the facts given (seed, ...)."""
+        """Writes and returns run_meta.json: commit, command, versions, device, seconds, and the facts given (seed, ...).
+
+        That of a run which was finished before, and to which nothing was added, stays as it is.
+        """
+        if not self._logged and self.metrics() and self._meta.exists() and "command" in (before := json.loads(self._meta.read_text())):
+            return before
         meta = {
-            "commit": commit(),
+            "commit": self._commit,
             "command": shlex.join(["python", *sys.orig_argv[1:]]),
             "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
             "python": platform.python_version(),
@@ -83,8 +99,16 @@ class RunFolder:
             **facts,
         }
         if is_primary():
-            replace_text(self.path / "run_meta.json", json.dumps(meta, indent=2))
+            replace_text(self._meta, json.dumps(meta, indent=2))
         return meta
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    """The first 16 digits of their SHA-256."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(part)
+    return whole.hexdigest()[:16]
 
 
 def replace_text(file: pathlib.Path, text: str) -> None:

@@ -336,6 +336,10 @@ def test_shipped_gates_are_those_of_the_package_alone(folder, saved):
         beside.unlink()
 
 
+def test_load_without_gates(folder):
+    assert all(retention.load(folder, gates=none).gates is None for none in (None, "none", "None"))
+
+
 def test_load_refuses_what_does_not_fit(folder, saved, tmp_path):
     path, trained = saved
     with pytest.raises(FileNotFoundError) as caught:

@@ -139,6 +139,13 @@ def test_registry(monkeypatch):
     assert policies.get("mine") is mine and "mine" in policies.names()
     with pytest.raises(ValueError, match="policy 'mine' is registered already; choose another name"):
         policies.register("mine", policies.get("full"))
+    for name in (3, "", "a:b"):
+        with pytest.raises(ValueError, match="a policy's name must be a text without ':' and ','"):
+            policies.register(name, mine)
+    for what in (3, lambda stat, position, seen: stat):
+        with pytest.raises(ValueError, match="policy 'other' must be a Policy, as Policy"):
+            policies.register("other", what)
+    assert "other" not in policies.names()
     assert policies.get("mine") is mine
 
 
@@ -149,9 +156,9 @@ def test_options_of_a_name():
     assert policies.get("retention:alpha=0.5").lowest == np.log(0.5)
     assert policies.get("retention:lookahead=7,floor=3") is policy and policies.get("retention") is policies.get("retention")
     assert policies.get("infokv:alpha=1").window == policies.get("infokv").window
-    theirs = policies.pyramidkv.policy(kvpress=True).layer_budgets(np.array([256]), np.array([1024]), 4)
-    np.testing.assert_array_equal(policies.get("pyramidkv:kvpress=True").layer_budgets(np.array([256]), np.array([1024]), 4), theirs)
-    assert not np.array_equal(policies.get("pyramidkv").layer_budgets(np.array([256]), np.array([1024]), 4), theirs)
+    theirs = policies.pyramidkv.policy(kvpress=True).layer_budgets(np.array([256]), np.array([1024]), 4, 32)
+    np.testing.assert_array_equal(policies.get("pyramidkv:kvpress=True").layer_budgets(np.array([256]), np.array([1024]), 4, 32), theirs)
+    assert not np.array_equal(policies.get("pyramidkv").layer_budgets(np.array([256]), np.array([1024]), 4, 32), theirs)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from retention import cache as cache_lib
 from retention import policies
 from retention.model import bind, rope_frequencies
 from retention.policies import ada_snapkv, attention, epikv, expected_attention, infokv, keydiff, kvzip, lagkv, pyramidkv, rkv, snapkv, tova
@@ -123,6 +124,16 @@ def test_pyramid_budgets_fall_and_sum_to_the_whole(layers, window, beta):
     assert (np.diff(found, axis=1) <= 1).all(), "falling, up to rounding"
     if layers > 1:
         np.testing.assert_allclose(found[2, -1] - window, (517 - window) / beta, atol=1)
+
+
+@pytest.mark.parametrize("name", ["pyramidkv", "pyramidkv:kvpress=True"])
+def test_pyramidkv_keeps_what_is_protected_in_every_layer(small, name):
+    rows = Rows(small, 1, 100, name, window=64, sinks=3, prefill_chunk=None)
+    rows.append(random_prompts([400]))
+    kept = cache_lib.kept_positions(rows.cache, 0)
+    assert all({0, 1, 2, *range(336, 400)} <= set(head.tolist()) for layer in kept for head in layer)
+    assert sum(len(head) for layer in kept for head in layer) == 100 * small.config.streams
+    assert (len(kept[0][0]) > len(kept[-1][0])) == (name == "pyramidkv"), "kvpress gives all layers the same where the last would fall below"
 
 
 def test_keydiff():

@@ -144,6 +144,10 @@ def test_sessions_that_cannot_be_saved_or_restored(model, tmp_path):
 
     session = retention.Session(model[0], budget=16)
     session.append(STORY)
+    with pytest.raises(ValueError, match="is no file that could be written anew; give the path of a file"):
+        session.save(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no folder .*absent to write session into; make it first"):
+        session.save(tmp_path / "absent" / "session")
     session.save(file)
     whole = file.read_bytes()
     for damaged in (b"", whole[:-100], whole[:50], (tmp_path / "model").name.encode()):
@@ -207,6 +211,14 @@ def test_the_full_policy_ignores_the_budget_and_needs_no_gates(model):
         (lambda m: retention.generate(m, ["a"], max_new_tokens=0), "max_new_tokens must be"),
         (lambda m: retention.generate(m, ["a"], temperature=-1), "temperature must be 0"),
         (lambda m: retention.generate(m, ["a"], top_p=0), "top_p must be in"),
+        (lambda m: retention.generate(m, ["a"], top_p=None), "top_p must be in"),
+        (lambda m: retention.generate(m, ["a"], temperature="a"), "temperature must be 0"),
+        (lambda m: retention.generate(m, ["a"], max_new_tokens=True), "max_new_tokens must be"),
+        (lambda m: retention.generate(m, ["a"], seed=2**32), "seed must be a whole number from 0 to"),
+        (lambda m: retention.generate(m, ["a"], sinks=True), "sinks must be a whole number"),
+        (lambda m: retention.generate(m, 3), "prompts must be a list"),
+        (lambda m: retention.generate(m, ["a", b"b"]), r"prompts\[1\] must be a text \(str\), got b'b'"),
+        (lambda m: retention.generate(m, ["a\ud800"]), r"prompts\[0\] holds half a character \(a lone surrogate\) at 1"),
         (lambda m: retention.Session(m, budget=0.01, policy="window").append(STORY), "smaller than sinks"),
         (lambda m: m.logits(np.array([[0, 10**6]])), "tokens must be ids from 0 to 599"),
     ],

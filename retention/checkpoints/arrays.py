@@ -11,8 +11,15 @@ import safetensors.numpy
 
 
 def save(path: str | pathlib.Path, arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Writes the file whole or not at all."""
-    path = pathlib.Path(path)
+    """Writes the file whole or not at all, in the place of an earlier one.
+
+    Raises FileNotFoundError where there is no such folder, ValueError where something stands there that is no file.
+    """
+    path = pathlib.Path(path).expanduser()
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file that could be written anew; give the path of a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} into; make it first")
     partial = path.with_name(path.name + ".partial")
     metadata = {name: json.dumps(fact) for name, fact in facts.items()}
     partial.write_bytes(safetensors.numpy.save({name: np.asarray(array) for name, array in arrays.items()}, metadata))
@@ -24,7 +31,7 @@ def load(path: str | pathlib.Path, make: Callable[[dict[str, np.ndarray], dict[s
 
     Raises FileNotFoundError, and ValueError for what is no `kind` ("gates file") as its `writer` writes it: make's KeyError, TypeError or ValueError too.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no {kind} {path}")
     try:

@@ -12,6 +12,7 @@ LongProc's travel_planning is not read.
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -251,26 +252,34 @@ def _longbench_v2(record: _Record) -> Problem:
 
 # LongMemEval.
 
-_UNKNOWN = "I do not know"
+_UNKNOWN = "I do not know", "I don't know"
 
 
 def _longmemeval(record: _Record) -> Problem | None:
-    """None for the questions whose answer is a rubric for a judge. Those about what was never said accept _UNKNOWN alone."""
+    """None for the questions whose answer is a rubric for a judge. Those about what was never said accept _UNKNOWN alone. Conversations by date."""
     if record.text("question_type") == "single-session-preference":
         return None
     sessions, dates = record.get("haystack_sessions", list), record.get("haystack_dates", list)
     if not sessions or len(sessions) != len(dates):
         raise record.wrong(f"columns 'haystack_sessions' and 'haystack_dates' have {len(sessions)} and {len(dates)} entries, not the same number above 0")
+    if not _is_texts(dates):
+        raise record.wrong("column 'haystack_dates' is no list of strings")
     try:
         parts = [
             f"Conversation of {date}\n" + "\n".join(f"{turn['role']}: {turn['content']}" for turn in session)
-            for session, date in zip(sessions, dates, strict=True)
+            for date, session in sorted(zip(dates, sessions, strict=True), key=lambda dated: dated[0])  # 2023/05/20 (Sat) 02:21
         ]
     except (TypeError, KeyError):
         raise record.wrong("column 'haystack_sessions' is no list of conversations, which are lists of turns with 'role' and 'content'") from None
-    answer = _UNKNOWN if record.text("question_id").endswith("_abs") else str(record.get("answer", str, int))
-    question = f'It is {record.text("question_date")} now. From these conversations: {record.text("question")} If they do not tell, answer "{_UNKNOWN}".'
-    return Problem("\n\n".join(parts), question, (answer,))
+    answers = _UNKNOWN if record.text("question_id").endswith("_abs") else _alternatives(str(record.get("answer", str, int)))
+    question = f'It is {record.text("question_date")} now. From these conversations: {record.text("question")} If they do not tell, answer "{_UNKNOWN[0]}".'
+    return Problem("\n\n".join(parts), question, answers)
+
+
+def _alternatives(answer: str) -> tuple[str, ...]:
+    """Two answers of what reads "7 days. 8 days (including the last day) is also acceptable."."""
+    two = re.fullmatch(r"(.+)\. (\S.*) \(including the last day\) is also acceptable\.?", answer, re.DOTALL)
+    return two.groups() if two else (answer,)
 
 
 def _tasks() -> dict[str, tuple[tuple[str, ...], Callable[[_Record], Problem | None]]]:

@@ -9,10 +9,11 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import numbers
 import pathlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -23,10 +24,10 @@ from retention import cache as cache_lib
 from retention import chat, checkpoints, policies
 from retention.evaluation import plots, prose, tasks
 from retention.model import Model
-from retention.names import check_name
+from retention.names import check_name, is_whole
 from retention.reading import Reading, reader
 from retention.rows import Rows
-from retention.runs import RunFolder, write_table
+from retention.runs import RunFolder, digest, write_table
 from retention.training import text
 
 BINS = 16  # of distance, from the newest token to the oldest
@@ -51,8 +52,9 @@ def full_cell(task: str, length: int | None) -> Cell:
 def cells(config: ConfigDict) -> list[Cell]:
     """For each task and length every policy under each of its scopes at every budget; with config.baselines the full cache and "window" too.
 
-    Raises ValueError for a name that is not known.
+    Raises ValueError for a name that is not known, a number that cannot be, and a config that asks for nothing.
     """
+    check_numbers(config)
     for task in config.tasks:
         tasks.check(task)
     for name in (*config.policies, *config.one_shot):
@@ -68,7 +70,22 @@ def cells(config: ConfigDict) -> list[Cell]:
             for name in (name for name in named if name != "full"):
                 scopes = config.scopes or (policies.get(name).scope,)
                 table += [Cell(task, length, name, scope, budget) for scope, budget in itertools.product(scopes, config.budgets)]
+    if not table:
+        raise ValueError("there is nothing to evaluate: config.tasks, config.lengths, config.policies or config.budgets is empty")
     return list(dict.fromkeys(table))
+
+
+def check_numbers(config: ConfigDict) -> None:
+    """Raises ValueError for a number of the config that is none, or too small."""
+    for name, least in {"samples": 1, "batch_size": 1, "max_new_tokens": 1, "continuation": 2, "seed": 0}.items():
+        if not is_whole(config[name], least):
+            raise ValueError(f"config.{name} must be a whole number of at least {least}, got {config[name]!r}")
+    for length in config.lengths:
+        if not is_whole(length, 1):
+            raise ValueError(f"config.lengths must be whole numbers of tokens, got {length!r}")
+    for budget in config.budgets:
+        if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
+            raise ValueError(f"config.budgets must be fractions of the context's tokens or tokens per stream, got {budget!r}")
 
 
 def empty_rows(config: ConfigDict, model: Model, cell: Cell, batch: int) -> Rows:
@@ -90,8 +107,8 @@ def check_fractions(config: ConfigDict, model: Model, table: Sequence[Cell], sho
     """Raises ValueError, with the cell, for a fraction of the shortest context, in tokens, that is below one token or what is always kept."""
     for cell in table:
         with naming(cell):
-            if cell.budget is not None and cell.budget * shortest < 1:
-                raise ValueError(f"a fraction of a context must be at least one token of it; one of {shortest} tokens is among the contexts")
+            if isinstance(cell.budget, float) and cell.budget * shortest < 1:
+                raise ValueError(f"a fraction of a context must be at least one token of it, and one has {shortest} tokens; give tokens per stream")
             empty_rows(config, model, cell, batch=1).budgets([shortest])
 
 
@@ -119,10 +136,11 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
     What is wrong with the config or a file is found before the first cell: raises as `cells`, `check_cells`, `check_fractions`, `tasks.load`, `RunFolder` do.
     """
     table = cells(config)
-    run = RunFolder(workdir, config)
-    model = checkpoints.load(config.model, gates=config.gates, dtype=config.dtype)
+    model, texts = checkpoints.load(config.model, gates=config.gates, dtype=config.dtype), text.load(config.text)
+    if model.tokenizer is None:
+        raise ValueError(f"config.model {config.model} has no tokenizer, and tasks are texts; put a tokenizer.json into its folder")
     check_cells(config, model, table)
-    texts = text.load(config.text)
+    run = RunFolder(workdir, config, program="evaluate", **inputs(model, texts))
     drop_cut_batches(run, config)
     done = {(Cell(**record["cell"]), record["sample"]) for record in run.metrics()}
     missing: dict[tuple, list[Cell]] = {}
@@ -151,6 +169,12 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
     plots.plot_results(rows, records, run.path)
     run.finish(seed=config.seed)
     return rows
+
+
+def inputs(model: Model, texts: Sequence[str]) -> dict[str, str]:
+    """What answers depend on beside the config: `digest`s of the gates and the texts, whose files may change."""
+    gates = [] if model.gates is None else jax.tree.leaves(model.gates.params)
+    return {"gates": digest(np.asarray(leaf).tobytes() for leaf in gates), "text": digest(one.encode() for one in texts)}
 
 
 def drop_programs() -> None:
@@ -238,16 +262,17 @@ class Asking:
     """A task of contexts and questions."""
 
     reader: Reader
-    encode: Callable[..., list[int]]  # of the chat.encoder
     task: tasks.Task
     contexts: Sequence[list[int]]  # the samples', as tokens
 
     def shortest(self) -> int:
-        """Tokens of the shortest context."""
-        return min(map(len, self.contexts))
+        """Tokens of the shortest context; none where all that is read is the opening of the turn that asks."""
+        bare = chat.SYSTEM + chat.USER
+        return min(0 if sample.context == bare else len(context) for sample, context in zip(self.task.samples, self.contexts, strict=True))
 
     def run(self, wanted: Sequence[Cell], batch: Sequence[int]) -> Iterator[tuple[Cell, list[dict]]]:
-        """The records of one batch of samples, for each cell. decode_seconds: to read and answer all questions of a sample."""
+        """The records of one batch of samples, for each cell. decode_seconds: to read and answer all questions of a sample. cut_off: 1 for an answer that
+        max_new_tokens ended."""
         tokenizer = self.reader.model.tokenizer
         samples = [self.task.samples[i] for i in batch]
         for cell, rows, seconds in self.reader.rows(wanted, [self.contexts[i] for i in batch]):
@@ -264,7 +289,7 @@ class Asking:
                             "sample": i, "question": number, "questions": len(sample.questions),
                             "prompt": hashlib.sha256((sample.context + asked).encode()).hexdigest()[:16],
                             "answer": sample.answers[number], "generated": generated, **self.task.score(i, number, generated),
-                            "answer_tokens": len(answer), **cache, "kept_at_end": entries, **seconds,
+                            "answer_tokens": len(answer), "cut_off": int(answer[-1] not in tokenizer.eos_ids), **cache, "kept_at_end": entries, **seconds,
                         }
                     )  # fmt: skip
                     cache = {name: value for name, value in cache.items() if not name.startswith("kept_by")}  # said once
@@ -277,13 +302,14 @@ class Asking:
         Each with the entries that the cache held at its end. A sample without so many questions says whatever it says.
         """
         tokenizer, config = self.reader.model.tokenizer, self.reader.config
+        encode = chat.encoder(tokenizer)
         turns, ended, last = samples[0].turns, [True] * len(samples), max(len(sample.questions) for sample in samples) - 1
         for number in range(last + 1):
             going = rows if turns or number == last else rows.fork()
             asked = [sample.questions[number] if number < len(sample.questions) else "" for sample in samples]
             if turns:  # an answer that was cut off is ended first, as a turn must be
                 asked = [question if end else chat.END + question for question, end in zip(asked, ended, strict=True)]
-            going.append([self.encode(question) for question in asked])
+            going.append([encode(question) for question in asked])
             answers = going.decode_all(config.max_new_tokens, 0.0, 1.0, config.seed, tokenizer.eos_ids)
             ended = [answer[-1] in tokenizer.eos_ids for answer in answers]
             yield list(zip(answers, cache_lib.kept_entries(going.cache).tolist(), strict=True))
@@ -319,7 +345,7 @@ def asking_task(config: ConfigDict, model: Model, texts: list[str], task: str, l
         raise ValueError(f"max_new_tokens must be at least {wanted}, which an answer to {task} takes, got {config.max_new_tokens}")
     if config.question_seen:
         loaded = tasks.seen(loaded)
-    return Asking(Reader(config, model), encode, loaded, [encode(sample.context, bos=True) for sample in loaded.samples])
+    return Asking(Reader(config, model), loaded, [encode(sample.context, bos=True) for sample in loaded.samples])
 
 
 def prose_task(config: ConfigDict, model: Model, texts: list[str], task: str, length: int) -> Prose:

@@ -42,7 +42,10 @@ def countdown(generated: str, numbers: Sequence[int], target: int) -> dict[str, 
 
 
 def path_traversal(generated: str, route: str) -> dict[str, float]:
-    """accuracy: 1 where the lines between <Route> tags are the route's; partial_accuracy: its part up to the first line that differs."""
+    """accuracy: 1 where the lines between <Route> tags are the route's; partial_accuracy: its part up to the first line that differs.
+
+    The release counts that line too, so that a route which is wrong from the start has 1/n there and 0 here.
+    """
     return _lines(_tagged(generated, "Route").split("\n"), route.strip().split("\n"))
 
 

@@ -31,13 +31,14 @@ def correct(dataset: str, generated: str, answer: str) -> bool:
 
 
 def last_number(generated: str) -> str:
-    """The first number behind the last "####"; without a "####", the last in the last \\boxed{...}; without that, the last in the text.
+    """The number that the last "####" with one right behind it marks, which a heading has not; without one, the last in the last \\boxed{...}; without
+    that, the last in the text.
 
     Commas of thousands, currency signs and units are left out. Empty where there is no number.
     """
-    _, mark, behind = generated.rpartition("####")
-    if mark:
-        return next(iter(_numbers(behind)), "")
+    for behind in reversed(generated.split("####")[1:]):
+        if re.match(r"(?:\\[a-z]+|[^\w#])*\d", behind):
+            return _numbers(behind)[0]
     return (_numbers(boxed(generated)) or _numbers(generated) or [""])[-1]
 
 

@@ -141,7 +141,7 @@ class Sample:
 def samples(task: str, encode: text.Encode, texts: list[str], length: int, count: int, seed: int) -> list[Sample]:
     """`count` samples whose contexts have `length` tokens within 2 %, a function of the arguments alone.
 
-    Each answer stands exactly once in its context, its key in no other sentence, and it never stands in a question.
+    Each answer stands exactly once in its context and in no question. Its key is no other planted fact's; the prose may hold that word too.
     Raises ValueError for an unknown task, empty texts, and a length below 160.
     """
     check_name("task", task, TASKS)

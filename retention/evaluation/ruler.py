@@ -320,7 +320,10 @@ def _qa(task: str, maker: _Maker, length: int, depths: list[float], questions: l
     fitting = list(itertools.islice((one for one in order if sum(map(maker.cost, one.golden)) <= length / 2), len(depths)))
     if not fitting:
         raise ValueError(TOO_SHORT.format(length=length, task=task, what="no question's own paragraphs fill less than half of it"))
-    return (_documents(maker, depth, paragraphs, one) for one, depth in zip(itertools.cycle(fitting), depths, strict=False))
+    if len(fitting) < len(depths):
+        fits = f"{len(fitting)} questions whose own paragraphs fill less than half of {length} tokens"
+        raise ValueError(f"the file of {task} has {fits}, and config.samples asks for {len(depths)}; ask for no more")
+    return (_documents(maker, depth, paragraphs, one) for one, depth in zip(fitting, depths, strict=True))
 
 
 def _documents(maker: _Maker, depth: float, paragraphs: list[str], asked: ruler_documents.Question) -> _Draft:

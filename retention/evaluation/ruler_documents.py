@@ -4,6 +4,8 @@ import json
 import os
 from dataclasses import dataclass
 
+from retention.training.text import without_marks
+
 Path = str | os.PathLike
 
 
@@ -57,7 +59,7 @@ def hotpotqa(path: Path) -> tuple[list[Question], list[str]]:
         for d, document in enumerate(_field(entry, "context", list, path, where)):
             match document:
                 case [str(title), [*sentences]] if all(isinstance(sentence, str) for sentence in sentences):
-                    documents[title] = f"{title}\n{''.join(sentences)}"
+                    documents[title] = without_marks(f"{title}\n{''.join(sentences)}")
                 case _:
                     raise ValueError(f"{path}: context[{d}] of {where} is not a title and a list of sentences")
         golden = {}
@@ -98,11 +100,11 @@ def _json(path: Path):
         raw = file.read()
     try:
         return json.loads(raw)
-    except ValueError as error:  # a UnicodeDecodeError is one too
+    except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError too
         raise ValueError(f"{path} is not JSON ({error}); give the file as the benchmark publishes it") from None
 
 
 def _field(entry, name: str, kind: type, path: Path, where: str):
     if not isinstance(entry, dict) or not isinstance(entry.get(name), kind):
         raise ValueError(f"{path}: {where} has no field {name!r} with a {'text' if kind is str else 'list'}")
-    return entry[name]
+    return without_marks(entry[name]) if kind is str else entry[name]

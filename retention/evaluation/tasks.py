@@ -95,4 +95,5 @@ def seen(task: Task) -> Task:
 def _asked(problem: datasets.Problem) -> needles.Sample:
     """Where there is no context the question follows the turn's opening directly."""
     space = "\n\n" if problem.context else ""
-    return needles.Sample(SYSTEM + USER + problem.context, (space + problem.question + ASK,), (problem.answers,))
+    context, question = text.without_marks(problem.context), text.without_marks(problem.question)
+    return needles.Sample(SYSTEM + USER + context, (space + question + ASK,), (problem.answers,))

@@ -42,10 +42,15 @@ _REGISTRY: dict[str, Callable[..., Policy]] = {}
 def register(name: str, policy: Policy | Callable[..., Policy]) -> None:
     """Makes `policy`, or what makes it of options that all have defaults, known as `name` to generate, Session and the programs.
 
-    Raises ValueError if the name is taken.
+    Raises ValueError for a name that is taken or none, and for what is neither.
     """
+    if not isinstance(name, str) or not name or set(name) & set(":,"):
+        raise ValueError(f"a policy's name must be a text without ':' and ',', got {name!r}")
     if name in _REGISTRY:
         raise ValueError(f"policy {name!r} is registered already; choose another name")
+    if not isinstance(policy, Policy):
+        if not callable(policy) or any(one.default is one.empty for one in inspect.signature(policy).parameters.values()):
+            raise ValueError(f"policy {name!r} must be a Policy, as Policy(score=...), or a function that makes one of options with defaults, got {policy!r}")
     _REGISTRY[name] = (lambda: policy) if isinstance(policy, Policy) else policy
 
 

@@ -62,7 +62,8 @@ class Policy:
     streams: score looks at whole streams. sinks, window: the first and newest positions protected by default (sinks None: as many as the gates were
     trained with); window may be a function of the budget M. floor: entries every stream keeps whatever the others score (scope global). lowest:
     entries that are not protected and score below it go even where there is room. scope: what competes for what unless the user says otherwise, one of
-    `scopes`. layer_budgets(budget [B], seen [B], L) -> [B, L] int32: what stands for M in each layer (scope head), M on average and at most 2M; None: M.
+    `scopes`. layer_budgets(budget [B], seen [B], L, sinks + window) -> [B, L] int32: what stands for M in each layer (scope head), M on average, at most
+    2M and no less than is protected; None: M.
 
     What the model is asked for, and computes for no other policy: gated: log beta, and so gates. queries: those of this many newest tokens. moments:
     mean and covariance of the queries from this position on. hidden(L): the blocks whose outputs `stat` sees, past: of so many tokens before the new

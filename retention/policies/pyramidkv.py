@@ -9,8 +9,8 @@ from retention.policies import snapkv
 from retention.policies.base import Policy
 
 
-def budgets(budget: jax.Array, seen: jax.Array, layers: int, window: int, beta: float) -> jax.Array:
-    """[B, L] int32: the window, and an arithmetic sequence of mean M - window whose last term is 1/beta of its mean. Sums to L*M exactly."""
+def budgets(budget: jax.Array, seen: jax.Array, layers: int, window: jax.Array, beta: float) -> jax.Array:
+    """[B, L] int32: what is protected, the window, and an arithmetic sequence of mean M - window whose last term is 1/beta of its mean. Sums to L*M exactly."""
     # The first n terms, as a share of the whole: sum of (2 - 1/beta) - i (2 - 2/beta) / (L - 1) over i < n, divided by L.
     n = jnp.arange(layers + 1)
     step = (2 - 2 / beta) / max(layers - 1, 1)
@@ -20,7 +20,7 @@ def budgets(budget: jax.Array, seen: jax.Array, layers: int, window: int, beta: 
     return jnp.minimum(budget, window)[:, None] + jnp.diff(total, axis=1)
 
 
-def kvpress_budgets(budget: jax.Array, seen: jax.Array, layers: int, window: int, beta: float) -> jax.Array:
+def kvpress_budgets(budget: jax.Array, seen: jax.Array, layers: int, window: jax.Array, beta: float) -> jax.Array:
     """As kvpress has them: the sequence's mean is M, window included; where its end falls below the window, every layer gets M."""
     m, room = budget.astype(jnp.float32), (seen - window).astype(jnp.float32)
     most = jnp.minimum(2 * m - m / beta, room)
@@ -36,6 +36,6 @@ def policy(window: int = 32, kernel: int = 7, beta: float = 20.0, kvpress: bool 
     snapkv.check(window, kernel)
     if not beta >= 1:
         raise ValueError(f"beta must be at least 1, at which all layers have the same budget, got {beta}")
-    shares = functools.partial(kvpress_budgets if kvpress else budgets, window=window, beta=beta)
+    shares = functools.partial(kvpress_budgets if kvpress else budgets, beta=beta)
     rank = functools.partial(snapkv.score, kernel=kernel)
     return Policy(rank, streams=True, queries=window, window=window, scope="head", scopes=("head",), layer_budgets=shares)

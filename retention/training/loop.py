@@ -48,6 +48,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> gates.TrainedGates
       OSError: a checkpoint or a record cannot be written; the checkpoint before is whole.
       Preempted: SIGTERM came.
     """
+    if config.checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be at least 1 step, not {config.checkpoint_every}")
     run = RunFolder(workdir, config, FREE)
     mesh = sharding.make_mesh(config.mesh)
     section = config.data

@@ -159,7 +159,11 @@ def make_step(config: Config, gate: gates_lib.GateConfig, optimizer: optax.Gradi
 
     measurements: float32 scalars; loss and its parts, budget (M), retained_share (mean of S_t / (p_t+1)), gradient_norm, and the counts answers, others,
     documents, tokens; retained_by_layer [L]; kept_share [L,H], the share of each stream's tokens that the budget keeps at the documents' ends.
+
+    Raises ValueError for budgets that are no range above 0.
     """
+    if not 0 < loss.budget_low <= loss.budget_high:
+        raise ValueError(f"loss.budget_low must be above 0 and at most loss.budget_high, got {loss.budget_low} and {loss.budget_high}")
 
     def loss_fn(gate_params, params, batch, key):
         # How far each document's end is, while the tokens still are in time's order.

@@ -50,17 +50,22 @@ def without_marks(text: str) -> str:
     return _MARKS.sub("", text)
 
 
-def _read(path: str) -> str:
+def read(path: str | os.PathLike) -> str:
+    """A text file as it is, but for the ends of its lines. Raises FileNotFoundError, and ValueError for one that is not UTF-8 or holds no text."""
     with open(path, "rb") as file:
         raw = file.read()
     try:
-        text = without_marks(raw.decode("utf-8-sig").replace("\r\n", "\n"))
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"the text file {path} is not UTF-8 (byte {error.start}); convert it or leave it out") from None
-    text = _paragraphs(text) if path.endswith(".txt") else text.strip("\n")
     if not text.strip():
         raise ValueError(f"the text file {path} holds no text; leave it out")
     return text
+
+
+def _read(path: str) -> str:
+    text = without_marks(read(path))
+    return _paragraphs(text) if path.endswith(".txt") else text.strip("\n")
 
 
 def _paragraphs(raw: str) -> str:

@@ -1,6 +1,7 @@
 """Benchmark files in their published form, written here, and what is said of those that are not in it."""
 
 import json
+import re
 
 import pytest
 
@@ -80,10 +81,17 @@ def test_published_names_of_files(tmp_path):
 def test_what_the_samples_hold(tmp_path):
     write(tmp_path, "longbench_v2", RECORDS["longbench_v2"])
     assert "(A) A!\n(B) B!\n(C) C!\n(D) D!" in datasets.load("longbench_v2", tmp_path)[0].question
-    changes = {"question_id": "q2_abs"}, {"question_type": "single-session-preference"}, {"answer": 3}
+    either = "7 days. 8 days (including the last day) is also acceptable."
+    changes = {"question_id": "q2_abs"}, {"question_type": "single-session-preference"}, {"answer": 3}, {"answer": either}
     write(tmp_path, "longmemeval_s", MEMORY, *({**MEMORY, **change} for change in changes))
     samples = datasets.load("longmemeval_s", tmp_path)
-    assert [sample.answers[0] for sample in samples] == ["Rome", "I do not know", "3"], "the preference is left out"
+    wanted = [("Rome",), ("I do not know", "I don't know"), ("3",), ("7 days", "8 days")]
+    assert [sample.answers for sample in samples] == wanted, "the preference is left out"
+    sessions = [[{"role": "user", "content": said}] for said in "BA"]
+    dates = ["2023/05/25 (Thu) 09:00", "2023/05/20 (Sat) 02:21"]
+    write(tmp_path, "longmemeval_oracle", {**MEMORY, "haystack_sessions": sessions, "haystack_dates": dates})
+    [sample] = datasets.load("longmemeval_oracle", tmp_path)
+    assert re.findall("user: (.)", sample.context) == ["A", "B"], "by date, as its authors read them"
     assert "2023/05/20\nuser: I was born in Rome.\nassistant: How nice!" in samples[0].context and "2023/05/30" in samples[0].question
     write(tmp_path, "longproc_countdown_0.5k", RECORDS["longproc_countdown_0.5k"])
     assert datasets.load("longproc_countdown_0.5k", tmp_path)[0].extra == {"numbers": [1, 2], "target": 3}

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from configs import eval_leaderboard, eval_needles, eval_prose, eval_reasoning, eval_ruler
-from retention import policies
-from retention.chat import ASK, END, USER
+from retention import policies, runs
+from retention.chat import ASK, END, USER, encoder
 from retention.checkpoints import gates as gates_file
 from retention.evaluation import harness, needles, prose, tasks
 from retention.rows import Rows
@@ -114,7 +114,7 @@ def test_records_say_what_was_asked_and_what_was_kept(folder, model, whole):
     records = records_of(whole[0])
     assert len(records) == 3 * (16 + 16 + 4)
     texts = harness.text.load("pydoc")
-    samples = {task: tasks.load(task, model.tokenizer.encode, texts, 310, 4, 0).samples for task in ("needle4", "kv_turns")}
+    samples = {task: tasks.load(task, encoder(model.tokenizer), texts, 310, 4, 0).samples for task in ("needle4", "kv_turns")}
     for record in records:
         cell = record["cell"]
         held = record["context_tokens"] if cell["policy"] == "full" else int(0.25 * record["context_tokens"])
@@ -127,6 +127,7 @@ def test_records_say_what_was_asked_and_what_was_kept(folder, model, whole):
             prompt = sample.context + sample.questions[record["question"]]
             assert record["prompt"] == harness.hashlib.sha256(prompt.encode()).hexdigest()[:16]
             assert np.ravel(record["answer"]).tolist() == np.ravel(sample.answers[record["question"]]).tolist()
+            assert record["cut_off"] == int(record["answer_tokens"] == ANSWER), "the tiny model ends no answer by chance on its last token"
             assert 1 <= record["answer_tokens"] <= ANSWER and abs(record["context_tokens"] - 310) <= 0.02 * 310
             assert record["score"] == tasks.Task(cell["task"], samples[cell["task"]]).score(record["sample"], record["question"], record["generated"])["score"]
             assert cell["policy"] == "full" or record["kept_at_end"] == held * STREAMS, "what is appended and generated is evicted too"
@@ -143,7 +144,7 @@ def test_records_say_what_was_asked_and_what_was_kept(folder, model, whole):
 
 
 def test_answers_equal_those_to_questions_asked_by_hand(model, whole):
-    encode, stop = model.tokenizer.encode, model.tokenizer.eos_ids
+    encode, stop = encoder(model.tokenizer), model.tokenizer.eos_ids
     for task in ("kv_turns", "needle4"):
         samples = tasks.load(task, encode, harness.text.load("pydoc"), 310, 4, 0).samples[:2]
         rows = Rows(model, 2, 0.25, prefill_chunk=64)
@@ -218,15 +219,22 @@ def test_an_interrupted_run_goes_on_and_says_the_same(folder, whole, tmp_path, m
         log_all(run, records)
 
     monkeypatch.setattr(RunFolder, "log_all", interrupted)
+    monkeypatch.setattr(runs, "commit", iter(("aaaaaaa", "bbbbbbb", *5 * ["ccccccc"])).__next__)
     with pytest.raises(KeyboardInterrupt):
         harness.evaluate(config_of(folder), tmp_path / "cut")
     rows = harness.evaluate(config_of(folder), tmp_path / "cut")
     assert timeless(rows) == timeless(whole[1]), cut
     assert len(calls) == 3 * 3 * 2 + 1, "the batch of a cell that was cut off runs again, and nothing else"
     assert in_order(records_of(tmp_path / "cut")) == in_order(records_of(whole[0]))
+    meta = (tmp_path / "cut" / "run_meta.json").read_text()
+    assert json.loads(meta)["commit"] == ("bbbbbbb" if cut == 1 else "aaaaaaa, bbbbbbb"), "of all that wrote records"
     assert harness.evaluate(config_of(folder), tmp_path / "cut") == rows and len(calls) == 3 * 3 * 2 + 1
+    assert (tmp_path / "cut" / "run_meta.json").read_text() == meta, "nothing was done, and by another commit"
     with pytest.raises(ValueError, match="seed is 0 there and 1 here"):
         harness.evaluate(config_of(folder, seed=1), tmp_path / "cut")
+    monkeypatch.setattr(harness.text, "load", lambda source: ["Another text. " * 900])
+    with pytest.raises(ValueError, match="inputs.text is '[0-9a-f]{16}' there and '[0-9a-f]{16}' here"):
+        harness.evaluate(config_of(folder), tmp_path / "cut")
 
 
 def test_a_killed_run_goes_on(folder, whole, tmp_path):
@@ -275,12 +283,14 @@ def test_the_question_may_be_seen(folder, tmp_path):
 def test_reasoning_evicts_while_it_decodes(folder, tmp_path):
     problems = [{"question": f"What is {i} + 1? " + "Think well. " * 40, "answer": f"#### {i + 1}"} for i in range(9)]
     (tmp_path / "gsm8k_test.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
-    config = config_of(folder, tasks=("gsm8k",), data=str(tmp_path), policies=(), one_shot=(), budgets=(77,), samples=2)
-    rows = harness.evaluate(config, tmp_path / "run")
+    changes = dict(tasks=("gsm8k",), data=str(tmp_path), policies=(), one_shot=(), budgets=(77,), samples=2)
+    rows = harness.evaluate(config_of(folder, **changes), tmp_path / "run")
     assert [(row["length"], row["budget"]) for row in rows] == [(None, None), (None, 77)]
     for record in records_of(tmp_path / "run"):
         assert record["context_tokens"] < 77 and record["kept_entries"] == record["context_tokens"] * STREAMS
         assert record["kept_at_end"] == 77 * STREAMS if record["cell"]["budget"] else record["kept_at_end"] > 200 * STREAMS
+    with pytest.raises(ValueError, match="gsm8k, window .global. at budget 0.5: a fraction of a context must .* one has 0 tokens; give tokens per stream"):
+        harness.evaluate(config_of(folder, **{**changes, "budgets": (0.5,)}), tmp_path / "fractions")
 
 
 @pytest.mark.parametrize(
@@ -302,6 +312,13 @@ def test_reasoning_evicts_while_it_decodes(folder, tmp_path):
         (dict(lengths=(100,)), "length must be at least 160"),
         (dict(tasks=("niah_single_3",)), "max_new_tokens must be at least 36, which an answer to niah_single_3 takes, got 7"),
         (dict(tasks=("niah_multivalue",)), "max_new_tokens must be at least 44, which"),  # four lines such as "\n1. 1234567"
+        (dict(samples=0), "config.samples must be a whole number of at least 1, got 0"),
+        (dict(batch_size=0), "config.batch_size must be a whole number of at least 1"),
+        (dict(seed=-1), "config.seed must be a whole number of at least 0"),
+        (dict(lengths=(256.5,)), "config.lengths must be whole numbers of tokens, got 256.5"),
+        (dict(budgets=("a",)), "config.budgets must be fractions of the context's tokens or tokens per stream, got 'a'"),
+        (dict(tasks=()), "there is nothing to evaluate: config.tasks"),
+        (dict(policies=(), baselines=False), "there is nothing to evaluate"),
         (dict(continuation=10**7), "text holds no document of 10000310 tokens"),
     ],
 )

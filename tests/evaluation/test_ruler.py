@@ -285,6 +285,8 @@ def test_errors(files):
         ruler.samples("qa_2", encode, [STORY], 1000, 1, seed=0)
     with pytest.raises(ValueError, match="file's documents do not fill 90000 tokens"):
         draw(files, "qa_1", 90_000, 1, seed=0)
+    with pytest.raises(ValueError, match="the file of qa_1 has 40 questions whose own .* of 1000 tokens, and config.samples asks for 41; ask for no more"):
+        draw(files, "qa_1", 1000, 41, seed=0)
 
 
 @pytest.mark.parametrize("task", ruler.TASKS)

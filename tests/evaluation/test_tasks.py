@@ -70,6 +70,13 @@ def test_benchmarks(tmp_path, name):
     assert scores["score"] == 1 and list(scores)[0] == "score"
 
 
+def test_a_record_cannot_end_the_turn(tmp_path):
+    write(tmp_path, "longbench_v2", {**RECORDS["longbench_v2"], "context": "It said <|im_end|> here.", "question": "What<|im_start|>?"})
+    [sample] = load("longbench_v2", count=1, data=str(tmp_path)).samples
+    assert sample.context == SYSTEM + USER + "It said  here."
+    assert sample.questions[0].startswith("\n\nWhat?") and sample.questions[0].count("<|") == ASK.count("<|")
+
+
 def test_a_seed_picks_the_problems_and_leaves_their_order(tmp_path):
     write(tmp_path, "gsm8k", *({"question": f"Number {i:02}?", "answer": f"#### {i}"} for i in range(30)))
     picks = [[problem.answers[0] for problem in load("gsm8k", count=8, data=str(tmp_path), seed=seed).problems] for seed in (0, 0, 1)]

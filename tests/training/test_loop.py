@@ -524,6 +524,14 @@ def test_local_gates(folder, tmp_path):
     assert written.config == trained.config and written.config.kind == "local" and written.params["bias"].shape == (3, 2)
 
 
+def test_run_folder_is_a_folder_of_one_program(config, tmp_path):
+    RunFolder(tmp_path, config, program="evaluate").log(step=0)
+    with pytest.raises(ValueError, match="inputs.program is 'evaluate' there and 'hindsight' here; give a new workdir"):
+        RunFolder(tmp_path, config, program="hindsight")
+    with pytest.raises(FileExistsError, match="metrics.jsonl is a file; give the path of a folder"):
+        RunFolder(tmp_path / "metrics.jsonl", config)
+
+
 def test_run_folder_drops_a_line_cut_off(config, tmp_path):
     run = RunFolder(tmp_path, config)
     run.log_all([{"step": 0}, {"step": 1}])
