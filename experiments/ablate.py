@@ -21,6 +21,7 @@ from retention.training.loop import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Training, its variants and the evaluation, configs/ablations.py.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; an interrupted run in it goes on where it stopped.")
+CELL = ("task", "length", "policy", "scope", "budget")  # of the evaluations' tables, of which a row is the mean over the seeds
 flags.FLAGS.verbosity = logging.FATAL  # as in train_gates
 flags.mark_flags_as_required(["config", "workdir"])
 
@@ -41,30 +42,33 @@ def main(_):
     config = CONFIG.value
     for variant in config.order:
         check_name("variant", variant, sorted(config.variants))
-    run = RunFolder(WORKDIR.value, config)
+    run = RunFolder(WORKDIR.value, config, free=("order", "seeds"))
     for seed in config.seeds:
         for variant in config.order:
             for row in gates_and_scores(config, variant, seed, run.path / f"{variant}-{seed}"):
                 print(variant, seed, row["task"], row["budget"], row[measure_of(row)])
+            if (done := {"variant": variant, "seed": seed}) not in run.metrics():
+                run.log(**done)
             # As far as it has come: what is not finished may be hours away.
             write_table(run.path / "ablations.csv", table(run.path))
     run.finish()
 
 
 def table(folder: pathlib.Path) -> list[dict]:
-    """Mean and spread over its seeds of each variant that has been evaluated in the run folder, by this command or another."""
+    """Mean and spread over its seeds of each cell of each variant that has been evaluated in the run folder, by this command or another."""
     values: dict[tuple, list[float]] = {}
     for file in sorted(folder.glob("*/evaluation/results.csv")):
         variant = file.parent.parent.name.rpartition("-")[0]
         with open(file, newline="") as opened:
             for row in map(typed, csv.DictReader(opened)):
-                values.setdefault((variant, row["task"], row["budget"]), []).append(row[measure_of(row)])
-    return [summary(*cell, measured) for cell, measured in values.items()]
+                cell = (variant, *(row[name] for name in CELL))
+                values.setdefault(cell, []).append(row[measure_of(row)])
+    return [summary(cell, measured) for cell, measured in values.items()]
 
 
-def summary(variant: str, task: str, budget: float, measured: list[float]) -> dict:
+def summary(cell: tuple, measured: list[float]) -> dict:
     spread = round(float(np.std(measured, ddof=1)), 4) if len(measured) > 1 else ""
-    return {"variant": variant, "task": task, "budget": budget, "mean": round(float(np.mean(measured)), 4), "spread": spread, "seeds": len(measured)}
+    return {**dict(zip(("variant", *CELL), cell, strict=True)), "mean": round(float(np.mean(measured)), 4), "spread": spread, "seeds": len(measured)}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def main(_):
     model = retention.load("smollm2-135m", gates="shipped")
     story = (pathlib.Path(__file__).parent / "demo_document.txt").read_text(encoding="utf-8")
     # The user's turn, left open: the story is read and compressed before any question is known.
-    opened, closed = model.tokenizer.turn
+    opened, closed = model.tokenizer.turn()
     for fraction in (None, 0.25, 0.125):
         session = retention.Session(model, budget=fraction)
         start = time.time()

@@ -5,6 +5,7 @@ go into the record, no path of the machine that trained.
 """
 
 import dataclasses
+import pathlib
 
 import numpy as np
 from absl import app, flags
@@ -24,7 +25,7 @@ def main(_):
     facts = ("model", "commit", "versions", "device", "seconds", "seed", "steps")
     if missing := [name for name in facts if name not in trained.record]:
         raise ValueError(f"--gates {GATES.value} does not say of its training the {', '.join(missing)}; give a file that train_gates wrote")
-    record = {name: trained.record[name] for name in facts}
+    record = {name: trained.record[name] for name in facts} | {"model": pathlib.Path(trained.record["model"]).name}
     gates.save(OUT.value, dataclasses.replace(trained, params=params, record=record))
 
 

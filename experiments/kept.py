@@ -27,7 +27,7 @@ def main(_):
     file = pathlib.Path(CONTEXT.value or pathlib.Path(__file__).parent / "demo_document.txt")
     run = RunFolder(WORKDIR.value, ConfigDict(dict(context=str(file), budget=BUDGET.value, policy=POLICY.value, model=MODEL.value, gates=GATES.value)))
     model = retention.load(MODEL.value, gates=GATES.value)
-    read = model.tokenizer.turn[0] + text.read(file)
+    read = model.tokenizer.turn()[0] + text.read(file)
     tokens = model.tokenizer.encode(read)
     session = retention.Session(model, budget=BUDGET.value, policy=POLICY.value)
     session.append(read)

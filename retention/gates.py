@@ -6,6 +6,7 @@ layer and ONE readout shared by all layers, which puts every layer's scores on o
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -83,13 +84,14 @@ def per_layer(params: dict, config: Config, gate: GateConfig) -> dict:
 
 def log_beta(layer: dict, h: jax.Array, kv_heads: int) -> jax.Array:
     """h [B,T,E] -> log beta [B,T,H] float32 <= 0, through one layer's slice of `per_layer`. METHOD section 2."""
+    # float32 throughout, where a TPU would multiply in bfloat16: that steps by 0.125 near the start at 18.
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     hidden = h.astype(jnp.float32)
     if "w1" in layer:
-        hidden = jax.nn.silu(hidden @ layer["w1"] + layer["b1"])
+        hidden = jax.nn.silu(product(hidden, layer["w1"]) + layer["b1"])
     if "w2" in layer:
-        hidden = jax.nn.silu(hidden @ layer["w2"] + layer["b2"])
-    # float32 throughout: bfloat16 steps by 0.125 near the start at 18.
-    score = hidden @ layer["readout"] + layer["bias"]
+        hidden = jax.nn.silu(product(hidden, layer["w2"]) + layer["b2"])
+    score = product(hidden, layer["readout"]) + layer["bias"]
     return jnp.broadcast_to(jax.nn.log_sigmoid(score), (*h.shape[:2], kv_heads))
 
 

@@ -327,7 +327,7 @@ def turn(model: Model) -> tuple[list[int], list[int]]:
     tokenizer = model.tokenizer
     if tokenizer is None or not tokenizer.chat_template:
         return [], []
-    opening, closing = tokenizer.turn
+    opening, closing = tokenizer.turn()
     return tokenizer.encode(opening, bos=True), tokenizer.encode(closing, bos=False)
 
 

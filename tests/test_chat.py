@@ -11,7 +11,7 @@ from retention.chat import ASK, END, SYSTEM, USER
 from retention.checkpoints import download
 from retention.checkpoints.tokenizer import Tokenizer
 from retention.evaluation import needles, ruler, streaming
-from retention.training import documents, text
+from retention.training import sources, text
 
 LLAMA3 = (
     "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023<|eot_id|>"
@@ -90,20 +90,37 @@ def test_a_conversation_is_what_the_chat_template_writes(name):
 
 def test_the_markup_is_smollms_own_format():
     tokenizer = Tokenizer.from_gguf({key: field.contents() for key, field in gguf.GGUFReader(download.smollm2_135m()).fields.items()})
-    assert tokenizer.turn == (SYSTEM + USER, ASK) and tokenizer.between == (END, "\n" + USER)
+    assert tokenizer.turn() == (SYSTEM + USER, ASK) and tokenizer.between() == (ASK, END, "\n" + USER)
     encode = chat.encoder(tokenizer)
     for parts in conversations():
         assert [encode(part) for part in parts] == [tokenizer.encode(part, bos=False) for part in parts]
 
 
-def test_training_documents_are_in_the_models_format():
-    tokenizer = of_model("llama3")
-    parts = documents.document(text.load("pydoc"), chat.encoder(tokenizer), np.random.default_rng(0), 3000)
-    whole = written(tokenizer, [token for part, _ in parts for token in part])
-    answers = [written(tokenizer, part) for part, answer in parts if answer]
-    assert "<|im" not in whole and answers
-    for answer in answers:
-        assert answer.count("<|eot_id|>") == 1 and f"assistant<|end_header_id|>\n\n{answer}" in whole and answer.endswith("<|eot_id|>")
+def test_a_generation_prompt_may_open_a_thought():
+    """Answers of the past have none, in a dialogue and in training documents; the turn that is to be answered begins with it."""
+    tokenizer = of_model("qwen3", QWEN3.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"))
+    [told] = ruler.samples("needle_turns", lambda piece: [0] * (len(piece) // 4), text.load("pydoc"), 400, 1, 0)
+    assert "<think>" not in written(tokenizer, chat.encoder(tokenizer)(told.context + "".join(told.questions)))
+    [story] = streaming.stories(1, 0)
+    assert written(tokenizer, chat.encoder(tokenizer)(story.context)) == tokenizer.chat(messages(story.context)[0])
+    document, _ = sources.Facts("pydoc", 2000, 0).document(0, tokenizer)
+    assert "<think>" not in written(tokenizer, document)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_documents_are_in_the_models_format(name):
+    tokenizer, (_, bos, end, _) = of_model(name), MODELS[name]
+    source, asked = sources.Facts("pydoc", 2000, 0), tokenizer.between()[0]
+    for index in range(12):
+        tokens, answer = source.document(index, tokenizer)
+        whole = written(tokenizer, tokens)
+        assert 1900 < len(tokens) <= 2000 and "<|im_start|>system" not in whole
+        assert not bos or (whole.startswith(bos) and whole.count(bos) == 1), "whatever comes before the text"
+        edges = np.flatnonzero(np.diff(answer.astype(int), prepend=0, append=0)).reshape(-1, 2)
+        answers = [written(tokenizer, tokens[begin:stop]) for begin, stop in edges]
+        assert 1 <= len(answers) <= 4 and whole.count(end) >= len(answers)
+        for said, (begin, _) in zip(answers, edges, strict=True):
+            assert said.count(end) == 1 and said.endswith(end) and written(tokenizer, tokens[:begin]).endswith(asked)
 
 
 def test_names_of_special_tokens_are_left_out_of_the_text():

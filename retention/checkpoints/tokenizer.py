@@ -1,8 +1,10 @@
 """Tokenizers from GGUF metadata and from Hugging Face folders, incremental decoding, and chat templates."""
 
+import copy
 import datetime
 import functools
 import pathlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -47,7 +49,7 @@ class Tokenizer:
     Attributes:
       vocab_size: the number of tokens, special ones included. A model's embedding table may have more rows (padding).
       eos_ids: the ids that end a text or a turn.
-      special_tokens: the names of all special tokens.
+      date: the day that `chat` tells templates which ask for it; None: today.
       chat_template: in Jinja, or None.
     """
 
@@ -63,9 +65,11 @@ class Tokenizer:
         self._special = {"bos_token": bos_token, "eos_token": eos_token}
         self._bos_id = tokenizer.token_to_id(bos_token) if bos_token else None
         self.chat_template = chat_template
+        self.date: datetime.datetime | None = None
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         added = tokenizer.get_added_tokens_decoder()
-        self.special_tokens = tuple(token.content for token in added.values() if token.special)
+        special = sorted((token.content for token in added.values() if token.special), key=len, reverse=True)
+        self._special_names = re.compile("|".join(map(re.escape, special))) if special else None
         end_of_text = [token_id for token_id, token in added.items() if token.special and token.content == END_OF_TEXT]
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos_ids, *end_of_text]))
 
@@ -194,38 +198,43 @@ class Tokenizer:
         for message in messages:
             if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
                 raise ValueError(f'chat messages are dicts with "role" and "content", not {message!r}')
-        # Templates come with the weights, from anywhere: they run in the sandbox.
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-        )
-        environment.globals |= {"raise_exception": _raise_exception, "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
+        today = self.date or datetime.datetime.now()
+        variables = {"messages": messages, "add_generation_prompt": add_generation_prompt, "strftime_now": today.strftime, **self._special}
         try:
-            template = environment.from_string(self.chat_template)
-            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._special)
+            return _template(self.chat_template).render(variables)
         except jinja2.TemplateError as error:
             raise ValueError(f"the model's chat template does not take these messages: {error}") from error
 
-    @functools.cached_property
     def turn(self) -> tuple[str, str]:
         """What `chat` puts before a conversation's first user message, and what between it and the answer. Raises ValueError as `chat`."""
         message = "context"
         opening, closing = self.chat([{"role": "user", "content": message}]).rsplit(message, 1)
         return opening, closing
 
-    @functools.cached_property
-    def between(self) -> tuple[str, str]:
-        """What `chat` puts between an answer and the next user message: the token that ends the answer, and the rest.
+    def between(self) -> tuple[str, str, str]:
+        """What `chat` puts between a user's message and an answer that others follow, the token that ends this answer, and the rest up to the next message.
 
         Raises ValueError as `chat`, and where no token of `eos_ids` ends the answer.
         """
         roles, said = ("user", "assistant", "user"), ("question", "answer", "context")
         text = self.chat([{"role": role, "content": content} for role, content in zip(roles, said, strict=True)])
-        between = text.rsplit(said[2], 1)[0].rsplit(said[1], 1)[1]
+        before, between = text.rsplit(said[2], 1)[0].rsplit(said[1], 1)
+        asked = before.rsplit(said[0], 1)[1]
         names = [self._tokenizer.id_to_token(token_id) for token_id in self.eos_ids]
         ends = [between.index(name) + len(name) for name in names if name and name in between]
         if not ends:
             raise ValueError(f"the model's chat template puts {between!r} behind an answer, which holds none of the tokens that end a turn: {names}")
-        return between[: min(ends)], between[min(ends) :]
+        return asked, between[: min(ends)], between[min(ends) :]
+
+    def at(self, date: datetime.datetime) -> "Tokenizer":
+        """The same tokenizer, for which it is that day."""
+        other = copy.copy(self)
+        other.date = date
+        return other
+
+    def plain(self, text: str) -> str:
+        """The text without the names of special tokens, which `encode` would take for these tokens."""
+        return self._special_names.sub("", text) if self._special_names else text
 
 
 class StreamDecoder:
@@ -257,6 +266,14 @@ class StreamDecoder:
 
     def _pending(self) -> str:
         return self._tokenizer.decode(self._ids)[len(self._tokenizer.decode(self._ids[: self._done])) :]
+
+
+@functools.lru_cache(maxsize=8)
+def _template(source: str) -> jinja2.Template:
+    """Templates come with the weights, from anywhere: they run in the sandbox."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+    environment.globals |= {"raise_exception": _raise_exception}
+    return environment.from_string(source)
 
 
 def _raise_exception(message: str) -> None:

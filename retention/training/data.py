@@ -17,6 +17,7 @@ mixed documents. So it does not matter which process makes which rows, and a sta
 """
 
 import copy
+import datetime
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,6 +31,7 @@ from retention.checkpoints.tokenizer import Tokenizer
 from retention.training.sources import Document, Source, open_source
 
 AHEAD = 2  # batches made before they are asked for
+DATE = datetime.datetime(2024, 7, 26)  # today, for chat templates that tell it: documents must not depend on the day
 WINDOW = 1024  # of the mixed documents, in which their order is random and their proportions exact
 
 
@@ -43,7 +45,7 @@ class Pipeline:
       max_chars: records with more characters are skipped
       packing_bins: rows that are filled at once, each document going into the first it fits in
       sources: name -> {kind, path, weight}; see sources.py for kinds. Weights are shares of documents; one of weight 0 is left out.
-    Attribute report: source -> {"documents": n, "skipped": {reason: count}, "first": {reason: place}}.
+    Attribute report: source -> {"documents": n, "skipped": {reason: count}, "first": {reason: place}}; digests: source -> that of its files.
     Raises ValueError for an entry that cannot be, or where no token could ever be compared, FileNotFoundError for a missing file.
     """
 
@@ -54,13 +56,16 @@ class Pipeline:
         weights = {name: entry.weight for name, entry in section.sources.items()}
         if any(weight < 0 for weight in weights.values()) or not any(weights.values()):
             raise ValueError(f"data.sources need weights of at least 0, one of them above, not {weights}")
-        self._section, self._tokenizer, self._seed = section, tokenizer, seed
+        if tokenizer is None:
+            raise ValueError("the model has no tokenizer, so no document can be read for it; put a tokenizer.json into its folder")
+        self._section, self._tokenizer, self._seed = section, tokenizer.at(DATE), seed
         self._weights = {name: weight for name, weight in sorted(weights.items()) if weight}
         self._sources = {
             name: open_source(name, section.sources[name], tokenizer, section.length, section.max_chars, _derived(seed, name, "documents"))
             for name in self._weights
         }
         self.report = {name: source.report for name, source in self._sources.items()}
+        self.digests = {name: source.digest for name, source in self._sources.items()}
         if not section.others and not any(source.answers for source in self._sources.values()):
             raise ValueError("data.others is 0 and no source in data.sources has answers: no token would ever be compared; give others, or chat data")
 

@@ -7,6 +7,7 @@ import json
 import math
 import pathlib
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from retention import checkpoints, gates
 from retention.checkpoints import gates as gates_file
-from retention.distributed import Preemption, global_batch, is_primary, local_rows
+from retention.distributed import Preemption, gather_json, global_batch, is_primary, local_rows
 from retention.model import Config
 from retention.runs import RunFolder, replace_text, writing
 from retention.training import sharding
@@ -62,11 +63,16 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> gates.TrainedGates
     file = run.path / "gates.safetensors"
     if file.exists():
         return gates_file.load(file, model.config)
+    if section.length > model.config.max_positions:
+        known = f"beyond the {model.config.max_positions} positions that this model knows"
+        warnings.warn(f"data.length {section.length} is {known}; of longer documents the gates would learn its errors", stacklevel=2)
     gate = gates.GateConfig(**config.gate)
     optimizer = make_optimizer(config.optimizer, config.steps)
     pipeline = Pipeline(section, model.tokenizer, config.seed)
+    check_data(run, pipeline)
     if is_primary():
-        replace_text(run.path / "data.json", json.dumps(pipeline.report, indent=2))
+        found = {name: {**report, "digest": pipeline.digests[name]} for name, report in pipeline.report.items()}
+        replace_text(run.path / "data.json", json.dumps(found, indent=2))
         for source, report in pipeline.report.items():
             for reason, count in report["skipped"].items():
                 print(f"data source {source}: {count} skipped: {reason}, first {report['first'][reason]} (data.json)", file=sys.stderr)
@@ -148,6 +154,18 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> gates.TrainedGates
             gates_file.save(file, trained)
     multihost_utils.sync_global_devices("the gates are written")
     return trained
+
+
+def check_data(run: RunFolder, pipeline: Pipeline) -> None:
+    """Raises ValueError where a source is not what it was when the run began, as its documents would come in another order, or is another on another host."""
+    everywhere = gather_json(pipeline.digests)
+    file = run.path / "data.json"
+    before = json.loads(file.read_text()) if file.exists() and run.metrics() else {}
+    for name, digest in pipeline.digests.items():
+        if any(other[name] != digest for other in everywhere):
+            raise ValueError(f"data.sources.{name} is not the same on all hosts; give them the same files")
+        if name in before and before[name].get("digest", digest) != digest:
+            raise ValueError(f"data.sources.{name} is not what it was when this run began (data.json); put its files back, or give a new workdir")
 
 
 def start_params(config: ConfigDict, shape: Config, gate: gates.GateConfig, rms: jax.Array | None) -> dict:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from retention.checkpoints.tokenizer import Tokenizer
+from retention.runs import digest
 from retention.training import files
 from retention.training.files import Unusable
 
@@ -68,6 +69,8 @@ class Records:
             self._layouts.append(layout)
         self.report["documents"] = len(keys)
         self._where, self._keys = np.array(which, np.int32), np.array(keys, np.int64)
+        sizes = np.array([os.path.getsize(file.path) for file in self._files])
+        self.digest = digest([self._where.tobytes(), self._keys.tobytes(), sizes.tobytes()])
         self.answers = any(layout is not _text for layout in self._layouts)
 
     def __len__(self) -> int:
@@ -84,7 +87,8 @@ class Records:
         if isinstance(content, str):
             parts = [(tokenizer.encode(content, special=False), False)]
         else:
-            # Encoded piece by piece, as a generation prompt and the tokens generated behind it are.
+            # Encoded piece by piece, as a generation prompt and the tokens generated behind it are. What is said cannot end a turn.
+            content = [turn | {"content": tokenizer.plain(turn["content"])} for turn in content]
             pieces = [(piece, answer) for piece, answer in chat_pieces(content, tokenizer) if piece]
             parts = [(tokenizer.encode(piece, bos=not number), answer) for number, (piece, answer) in enumerate(pieces)]
         tokens = np.array([token for part, _ in parts for token in part], np.int32)

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from retention import chat
 from retention.checkpoints.tokenizer import Tokenizer
+from retention.runs import digest
 from retention.training import documents, text
 from retention.training.records import Records
 
@@ -15,9 +16,10 @@ ENDLESS = 10_000_000  # documents of a source that makes them, before it begins 
 
 
 class Source(Protocol):
-    """A list of documents, each a function of its index alone, and what opening the source found (see Pipeline.report)."""
+    """A list of documents, each a function of its index alone, what opening the source found (see Pipeline.report), and the `runs.digest` of its files."""
 
     report: dict
+    digest: str
     answers: bool  # whether its documents hold an assistant's tokens
 
     def __len__(self) -> int: ...
@@ -32,6 +34,7 @@ class _Endless:
     def __init__(self, path: str, length: int, seed: int):
         self._texts, self._length, self._seed = text.load(path), length, seed
         self.report = {"documents": ENDLESS, "skipped": {}, "first": {}}
+        self.digest = digest(one.encode() for one in self._texts)
 
     def __len__(self) -> int:
         return ENDLESS
@@ -49,7 +52,10 @@ class Facts(_Endless):
 
     def document(self, index: int, tokenizer: Tokenizer) -> Document:
         rng = np.random.default_rng((self._seed, index))
-        parts = documents.document(self._texts, chat.encoder(tokenizer), rng, self._length)
+        start = tokenizer.encode("")
+        parts = documents.document(self._texts, chat.encoder(tokenizer, written=True), rng, self._length - len(start))
+        if parts[0][0][: len(start)] != start:  # an opening may have it
+            parts.insert(0, (start, False))
         tokens = np.array([token for part, _ in parts for token in part], np.int32)
         return tokens, np.repeat([answer for _, answer in parts], [len(part) for part, _ in parts])
 

@@ -127,8 +127,9 @@ def gate_input_rms(config: Config, mesh: Mesh, params: dict, batch: dict) -> jax
     return _run(config, mesh, _gather_outer(mesh, params), batch, rms)[1]
 
 
-def kept_share(log_beta: jax.Array, distance: jax.Array, inside: jax.Array, count: jax.Array) -> jax.Array:
-    """[L,H] float32: the share of each stream's tokens among the `count` entries that rank highest, over all streams, at the end of their documents.
+def kept_share(log_beta: jax.Array, distance: jax.Array, inside: jax.Array, count: jax.Array, one_pool: bool) -> jax.Array:
+    """[L,H] float32: the share of each stream's tokens among the `count` entries that rank highest, over all streams or each by itself, at the end of their
+    documents, which compete together.
 
     log_beta: [L,B,T,H]. distance: [B,T], from a token to the one that follows its document. inside: [B,T] bool, what counts. Ties all stay.
     """
@@ -139,9 +140,10 @@ def kept_share(log_beta: jax.Array, distance: jax.Array, inside: jax.Array, coun
     def narrow(i, limit):
         """limit: the largest known below which fewer than `count` entries lie."""
         higher = limit | (1 << (30 - i))
-        return jnp.where(jnp.sum(inside & (bits < higher)) < count, higher, limit)
+        return jnp.where(jnp.sum(inside & (bits < higher), axis=axes, keepdims=True) < count, higher, limit)
 
-    limit = jax.lax.fori_loop(0, 31, narrow, jnp.int32(0))
+    axes = (0, 1, 2, 3) if one_pool else (1, 2)
+    limit = jax.lax.fori_loop(0, 31, narrow, jnp.zeros_like(bits[:1, :1, :1, :1] if one_pool else bits[:, :1, :1]))
     return jnp.sum(inside & (bits <= limit), axis=(1, 2)) / jnp.maximum(jnp.sum(inside), 1)
 
 
@@ -157,8 +159,9 @@ def make_step(config: Config, gate: gates_lib.GateConfig, optimizer: optax.Gradi
     Loss = KL(answers) + NTP(answers) + KL(other tokens) + capacity, each a weighted mean of its own, so that few answer tokens are not drowned.
     A batch in which nothing is labelled changes no gate: capacity alone would only teach to forget. Its measurements `answers` and `others` are 0.
 
-    measurements: float32 scalars; loss and its parts, budget (M), retained_share (mean of S_t / (p_t+1)), gradient_norm, and the counts answers, others,
-    documents, tokens; retained_by_layer [L]; kept_share [L,H], the share of each stream's tokens that the budget keeps at the documents' ends.
+    measurements: float32 scalars; loss and its parts (other_kl is 0 where it has no weight, as it is not computed then), budget (M), retained_share (mean
+    of S_t / (p_t+1)), gradient_norm, and the counts answers, others, documents, tokens; retained_by_layer [L]; kept_share [L,H], the share of each stream's
+    tokens that the budget keeps at the documents' ends.
 
     Raises ValueError for budgets that are no range above 0.
     """
@@ -200,10 +203,11 @@ def make_step(config: Config, gate: gates_lib.GateConfig, optimizer: optax.Gradi
             loss.ntp * per_answer,
         )
         # Local gates compete each in its own stream, all others in one pool.
-        capacity = capacity_loss(mass, positions, inside, budget, one_pool=gate.kind != "local")
+        one_pool = gate.kind != "local"
+        capacity = capacity_loss(mass, positions, inside, budget, one_pool)
         total = jnp.where(answers + others > 0, quality + loss.capacity * capacity, 0.0)
         by_layer = jnp.sum(jnp.where(inside[..., None], mass / (positions + 1)[..., None], 0.0), axis=(1, 2, 3)) / jnp.maximum(tokens * config.kv_heads, 1)
-        kept = kept_share(jax.lax.stop_gradient(log_beta), distance, inside, budget * documents * config.streams)
+        kept = kept_share(jax.lax.stop_gradient(log_beta), distance, inside, budget * documents * (config.streams if one_pool else 1), one_pool)
         return total, {
             "loss": total,
             "kl": masked_mean(divergence, answer),

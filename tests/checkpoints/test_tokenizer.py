@@ -1,5 +1,6 @@
 """Tokenizers: small ones trained here, and the real one of SmolLM2-135M."""
 
+import datetime
 import json
 import re
 
@@ -149,13 +150,19 @@ def test_chat():
 
 
 def test_a_turn_is_what_chat_puts_around_a_message():
-    opening, closing = SMALL.turn
+    opening, closing = SMALL.turn()
     assert opening + "Hi" + closing == SMALL.chat([{"role": "user", "content": "Hi"}])
     assert opening and closing.endswith("assistant\n")
 
 
 def with_template(template):
     return Tokenizer.from_gguf(metadata() | {"tokenizer.chat_template": template})
+
+
+def test_the_day_that_templates_are_told():
+    tokenizer = with_template("{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
+    before = tokenizer.at(datetime.datetime(2024, 7, 26))
+    assert before.chat(MESSAGES) == "26 Jul 2024 Be brief." != tokenizer.chat(MESSAGES)
 
 
 def test_chat_template_functions_and_sandbox():

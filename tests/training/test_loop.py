@@ -182,6 +182,25 @@ def test_run_killed_between_checkpoint_and_gates_is_finished(config, whole, tmp_
     assert_same_end(workdir, whole)
 
 
+def test_changed_data_is_refused(monkeypatch, folder, tmp_path):
+    """Documents would come in another order: some again, some never."""
+    path = tmp_path / "texts.txt"
+    path.write_text("It was a dark and stormy night. " * 200)
+    config = make_config(folder, **{"data.sources.facts.path": str(path)})
+    crash(monkeypatch, config, tmp_path / "run", 7)
+    before = (tmp_path / "run" / "data.json").read_text()
+    path.write_text("It was a bright and quiet night. " * 200)
+    with pytest.raises(ValueError, match="data.sources.facts is not what it was when this run began .data.json.; put its files back, or give a new workdir"):
+        loop.train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "data.json").read_text() == before
+
+
+def test_more_tokens_than_the_model_knows_are_told(folder, tmp_path):
+    config = make_config(folder, **{"data.length": 5000, "steps": 1})
+    with pytest.warns(UserWarning, match="data.length 5000 is beyond the 4096 positions"), pytest.raises(ValueError, match="steps must be more than"):
+        loop.train(config, tmp_path)
+
+
 def test_finished_run_is_left_alone(config, whole):
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(whole.rglob("*")) if path.is_file()}
     trained = loop.train(config, whole)

@@ -211,8 +211,12 @@ def test_loss_is_what_its_parts_say(gate):
     assert found["retained_share"] == pytest.approx(shares.mean(), rel=1e-4)
     # At the step that follows its document, a token is as many tokens old as there are from it to the end.
     scores = np.concatenate([one * np.arange(one.shape[1], 0, -1)[:, None] for one in log_beta], axis=1)
-    kept = kept_by_sorting(scores, found["budget"] * len(LENGTHS) * CONFIG.streams)
-    assert kept.std() > 0.01
+    if gate.kind == "local":
+        streams = scores.transpose(0, 2, 1).reshape(-1, scores.shape[1])
+        kept = np.reshape([kept_by_sorting(one[None, :, None], found["budget"] * len(LENGTHS)) for one in streams], found["kept_share"].shape)
+    else:
+        kept = kept_by_sorting(scores, found["budget"] * len(LENGTHS) * CONFIG.streams)
+        assert kept.std() > 0.01
     np.testing.assert_allclose(found["kept_share"], kept, atol=1e-6)
 
 
@@ -346,10 +350,15 @@ def test_kept_share(ties, count):
         log_beta, distance = np.round(log_beta / 4), np.full_like(distance, 3)
     log_beta[:, ~inside] = 0  # what does not count would come first
     log_beta = np.float32(log_beta)
-    found = kept_share(log_beta, distance, inside, count)
+    found = kept_share(log_beta, distance, inside, count, one_pool=True)
     np.testing.assert_allclose(found, kept_by_sorting((distance[..., None] * log_beta)[:, inside], count), rtol=1e-6)
     kept, there = round(float(found.sum()) * inside.sum()), 6 * inside.sum()
     assert kept > count if ties and count < there else kept == min(math.ceil(count), there)
+    each = kept_share(log_beta, distance, inside, count, one_pool=False)
+    for layer in range(3):
+        for head in range(2):
+            alone = (distance * log_beta[layer, ..., head])[inside][None, :, None]
+            np.testing.assert_allclose(each[layer, head], kept_by_sorting(alone, count)[0, 0], rtol=1e-6)
 
 
 def test_optimizer_schedule_and_decay():
