@@ -183,12 +183,11 @@ def compression_row(model: str | Model, policy: str, length: int, budget: float,
 
 def serving_rows(model: Model, bandwidth: float, sizes: Served = Served()) -> Iterator[dict]:
     """Decoding on an accelerator, from small caches to large, so that the peak of each is its own. A cache that does not fit is a row that says so."""
-    config, weights = model.config, compiled.size(model.params)
     cells = [(batch, None, context) for batch, context in itertools.product(sizes.batches, sizes.contexts)]
     cells += [(batch, budget, max(sizes.contexts)) for batch, budget in itertools.product(sizes.batches, sizes.budgets)]
     for batch, budget, context in sorted(cells, key=lambda cell: cell[0] * (cell[1] or cell[2])):
         what = f"decode, B={batch}: " + (f"full cache of {context} tokens" if budget is None else f"budget {budget}, any context")
-        if compiled.step_bytes(config, weights, batch, context, budget) > memory_limit():
+        if compiled.step_bytes(model.config, model.params, None, batch, context, budget) > memory_limit():
             yield {"what": what, "error": "does not fit"}
             continue
         try:
@@ -209,11 +208,11 @@ def serving_row(model: Model, bandwidth: float, sizes: Served, batch: int, budge
     # Again and again in the same cache: a copy to begin each round from would double it.
     seconds = take_turns({"decode": lambda: lambda: list(rows.decode(sizes.new_tokens, 0.0, 1.0, 0, ()))}, sizes.rounds)["decode"]
     step = statistics.median(seconds) / sizes.new_tokens
-    weights = compiled.size(model.params) + (compiled.size(model.gates.params) if budget else 0)
+    least = compiled.step_bytes(model.config, model.params, model.gates.params if budget else None, batch, context, budget)
     return {
         "seconds": statistics.median(seconds),
         "tokens_per_second": round(batch / step, 1),
-        "of_bandwidth": round(compiled.step_bytes(model.config, weights, batch, context, budget) / bandwidth / step, 3),
+        "of_bandwidth": round(least / bandwidth / step, 3),
         "peak_bytes": peak_memory_bytes(),
         "cache_bytes": rows.stats(0).allocated_bytes * batch,
     }
@@ -224,7 +223,7 @@ def filled(model: Model, batch: int, context: int, budget: int | None, new_token
     config = model.config
     rows = Rows(model, batch, budget, "full" if budget is None else "retention")
     rows._open([context] * batch)
-    rows.most_seen, rows.warned = context, True
+    rows.seen, rows.warned = np.full(batch, context), True
     if budget is None:
         rows._room(context + new_tokens + 1)
     lengths = np.random.default_rng(0).exponential(size=(batch, config.streams))

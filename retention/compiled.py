@@ -78,7 +78,7 @@ def serve(serving: Serving) -> dict[str, float]:
     params = parameters(model, jnp.bfloat16)
     trained = jax.eval_shape(lambda: gates.init(model, gate)) if gate else None
     weights, held = size(params) + size(trained), size(cache)
-    read = step_bytes(model, weights, batch, serving.context, serving.budget)
+    read = step_bytes(model, params, trained, batch, serving.context, serving.budget)
     out = {"weights_bytes": weights, "cache_bytes": held, "tokens_per_second": batch * BANDWIDTH[serving.target] / read}
     if weights + held > aot.HBM_GIB[serving.target] * 2**30:
         return out
@@ -96,9 +96,10 @@ def serve(serving: Serving) -> dict[str, float]:
     return out | {"decode_total_bytes": memory(decoding)["total_bytes"], "read_total_bytes": memory(reading)["total_bytes"]}
 
 
-def step_bytes(model: Config, weights: int, batch: int, context: int, budget: int | None) -> int:
-    """What a decoding step must read at least, bfloat16: all weights (bytes, with the gates') once, as the embedding is the output's matrix too, and the
-    keys and values that there are: half the write buffer on average."""
+def step_bytes(model: Config, params: dict, trained: dict | None, batch: int, context: int, budget: int | None) -> int:
+    """What a decoding step must read at least, bfloat16: all weights once, but of an embedding that is not the output's matrix too only rows; the gates once
+    in a piece of steps; and the keys and values that there are: half the write buffer on average."""
+    weights = size(params) - (size(params["embed"]) if "head" in params else 0) + size(trained) // PIECE
     entries = model.streams * (context if budget is None else budget + CHUNK // 2)
     return weights + batch * entries * 2 * model.head_dim * 2
 

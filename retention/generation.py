@@ -38,8 +38,8 @@ def check_sampling(max_new_tokens, temperature, top_p, seed) -> None:
         raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, got {seed!r}")
 
 
-def encode(model: Model, text: str, name: str, chat: bool, first: bool) -> list[int]:
-    """Token ids of `text`, with what the tokenizer puts before a conversation if it is the `first`. An empty text is an error."""
+def check_text(model: Model, text: str, name: str) -> None:
+    """Raises ValueError for what is no text, an empty one, and a model that takes none."""
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer, so it takes no text: put a tokenizer.json into its folder")
     if not isinstance(text, str):
@@ -50,9 +50,11 @@ def encode(model: Model, text: str, name: str, chat: bool, first: bool) -> list[
         raise ValueError(f"{name} holds half a character (a lone surrogate) at {error.start}; take it out") from None
     if not text:
         raise ValueError(f"{name} is empty; give at least one character")
-    if chat:
-        text = model.tokenizer.chat([{"role": "user", "content": text}])
-    return model.tokenizer.encode(text, bos=first)
+
+
+def opening_turn(model: Model, text: str) -> str:
+    """A conversation that begins with `text`, up to the answer, in the model's chat template."""
+    return model.tokenizer.chat([{"role": "user", "content": text}])
 
 
 def generate(
@@ -92,7 +94,9 @@ def generate(
         raise ValueError("prompts must be a list of at least one text")
     check_sampling(max_new_tokens, temperature, top_p, seed)
     rows = Rows(model, len(prompts), budget, policy, scope, prefill_chunk, sinks, window)
-    rows.append([encode(model, prompt, f"prompts[{i}]", chat, first=True) for i, prompt in enumerate(prompts)])
+    for i, prompt in enumerate(prompts):
+        check_text(model, prompt, f"prompts[{i}]")
+    rows.append([model.tokenizer.encode(opening_turn(model, prompt) if chat else prompt) for prompt in prompts])
     tokens = rows.decode_all(max_new_tokens, temperature, top_p, seed, model.tokenizer.eos_ids)
     return [Generation(model.tokenizer.decode(row), row, rows.stats(i)) for i, row in enumerate(tokens)]
 
@@ -111,7 +115,10 @@ def fingerprint(rows: Rows) -> dict[str, str]:
 
 
 class Session:
-    """One conversation under a budget: the cache is carried over turns. Arguments as in `generate`; a fraction is of the first append's tokens."""
+    """One conversation under a budget: the cache is carried over turns. Arguments as in `generate`; a fraction is of the first append's tokens.
+
+    The first turn with `chat` begins a conversation in the chat template, the later ones go on with it; an answer that was cut off is closed first.
+    """
 
     def __init__(
         self,
@@ -124,11 +131,21 @@ class Session:
         window: int | None = None,
     ):
         self._rows = Rows(model, 1, budget, policy, scope, prefill_chunk, sinks, window)
+        self._chatting = self._open = False  # whether a conversation has begun, and whether its last answer is not closed yet
         self._arguments = dict(budget=budget, policy=policy, scope=scope, prefill_chunk=prefill_chunk, sinks=sinks, window=window)
 
     def append(self, text: str, chat: bool = False) -> None:
         """Prefills `text` (as a user's turn of the chat template with `chat`) and ends with a selection: at most S*M entries are kept."""
-        self._rows.append([encode(self._rows.model, text, "text", chat, first=self._rows.cache is None)])
+        model = self._rows.model
+        check_text(model, text, "text")
+        if chat and self._chatting:
+            (_, ask), (_, end, again) = model.tokenizer.turn(), model.tokenizer.between()
+            text = (end if self._open else "") + again + text + ask
+        elif chat:
+            text = opening_turn(model, text)
+        self._rows.append([model.tokenizer.encode(text, bos=self._rows.cache is None)])
+        if chat:
+            self._chatting = self._open = True
 
     def stream(
         self, text: str = "", max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, chat: bool = False
@@ -149,6 +166,7 @@ class Session:
             tokens += new
             written.append("".join(decoder.push(token) for token in new))
             yield written[-1]
+        self._open = not (tokens and tokens[-1] in tokenizer.eos_ids)
         written.append(decoder.finish())
         yield written[-1]
         return Generation("".join(written), tokens, self.stats)
@@ -178,7 +196,8 @@ class Session:
             raise ValueError("nothing was appended to this session, so there is nothing to save; append a text first")
         if not isinstance(arguments["policy"], str):
             raise ValueError("policy must be a registered name for a session to be saved; register this Policy and give the session its name")
-        caches.save(path, *rows.state(), {"arguments": arguments, "model": fingerprint(rows)})
+        turns = {"chatting": self._chatting, "open": self._open}
+        caches.save(path, *rows.state(), {"arguments": arguments, "model": fingerprint(rows), "turns": turns})
 
     @classmethod
     def restore(cls, model: Model, path: str | pathlib.Path) -> "Session":
@@ -187,13 +206,14 @@ class Session:
         Raises:
           FileNotFoundError: no such file. ValueError: not a session's file, another model, dtype or gates, or a policy that is not registered here.
         """
-        cache, logits, facts = caches.load(path, ("arguments", "model"), "session file", "Session.save")
+        cache, logits, facts = caches.load(path, ("arguments", "model", "turns"), "session file", "Session.save")
         session = cls(model, **facts["arguments"])
         rows = session._rows
         for name, fact in fingerprint(rows).items():
             if facts["model"].get(name) != fact:
                 raise ValueError(f"the session in {path} is of another model, which differs in its {name}; load the model and gates that it was saved with")
         rows.resume(cache, logits)
+        session._chatting, session._open = facts["turns"]["chatting"], facts["turns"]["open"]
         return session
 
     def kept(self) -> list[list[np.ndarray]]:

@@ -42,7 +42,7 @@ class Plan:
     def evict(self, cache: Cache) -> Cache:
         policy, layer_budgets = self.policy, None
         if policy.streams:
-            scores = observations.stream_scores(self.config, policy, self.longest, cache)
+            scores = observations.stream_scores(self.config, policy, self.sinks, self.longest, cache)
         else:
             scores = cache_lib.entry_scores(cache, policy.score)
         window = self.window if self.window is not None else policy.window(cache.budget)

@@ -82,6 +82,7 @@ class Reading:
             return full.fork()
         rows._open([int(seen) for seen in full.cache.seen])
         rows.logits, rows.warned = full.logits, True
-        rows._saw(full.most_seen)
+        rows.seen = full.seen
+        rows._expect(full.most_seen)
         rows.cache = programs.compress(rows.plan, rows.cache, full.cache)
         return rows

@@ -1,7 +1,7 @@
 """B sequences that run together, each under its own budget: chunked prefill and decoding over the slot pool.
 
-The host only feeds prompts in and takes generated tokens out, a piece of several at a time; nothing is read back for a single token, and no shape
-depends on the prompt.
+The host only feeds prompts in and takes generated tokens out, a piece of several at a time; nothing is read back for a single token. No shape depends on
+the prompt, but where more is held than the budget: the full cache and one-shot prefill's buffer grow, in steps.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from retention.programs import Plan
 
 CHUNK = 256  # tokens that go through the layers at once, and the write buffer's length where prefill_chunk does not say
 PIECE = 16  # tokens decoded between two looks of the host
+AHEAD = 512  # tokens to come that there is room for at once, where shapes follow them: each is a program of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Rows:
         self.piece = min(PIECE, self.width)
         self.cache: Cache | None = None
         self.logits = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
-        self.most_seen = 0  # of any sequence, at most: what the host knows without asking the device
+        self.seen = np.zeros(batch, np.int64)  # tokens of each sequence, as the host counts them
         self.warned = False
         self.settled = True  # the write buffer is empty, or the full cache
 
@@ -133,6 +134,10 @@ class Rows:
     def evicts(self) -> bool:
         return self.budget is not None
 
+    @property
+    def most_seen(self) -> int:
+        return int(self.seen.max())
+
     def budgets(self, lengths: Sequence[int]) -> list[int]:
         """Tokens per stream of each sequence, whose first prompt has `lengths` tokens; a fraction is one of them, and at least one token.
 
@@ -142,7 +147,7 @@ class Rows:
             return [0] * len(lengths)
         if isinstance(self.budget, numbers.Integral):
             return [int(self.budget)] * len(lengths)
-        budgets = [max(1, int(self.budget * length)) for length in lengths]
+        budgets = [max(1, int(self.budget * length + 1e-6)) for length in lengths]  # 0.29 * 100 is 28.999999999999996
         for budget in budgets:
             check_protected(budget, self.plan.sinks, self.window, self.plan.policy.floor)
         return budgets
@@ -158,22 +163,27 @@ class Rows:
         )  # fmt: skip
 
     def _room(self, tokens: int) -> None:
-        """Makes the write buffer long enough for `tokens`."""
-        if tokens > self.cache.buffer_position.shape[1]:
-            self.cache = cache_lib.with_buffer(self.cache, roomy(tokens))
+        """Makes the write buffer long enough for `tokens`; a chunk longer at least, if it must grow."""
+        width = self.cache.buffer_position.shape[1]
+        if tokens > width:
+            self.cache = cache_lib.with_buffer(self.cache, roomy(max(tokens, width + CHUNK)))
 
-    def _saw(self, tokens: int) -> None:
-        self.most_seen += tokens
+    def _saw(self, tokens: Sequence[int] | np.ndarray) -> None:
+        """Counts each sequence's new tokens."""
+        self.seen = self.seen + np.asarray(tokens)
         trained_for = self.model.config.max_positions
         if self.most_seen > trained_for and not self.warned:
             self.warned = True
             warnings.warn(f"{self.most_seen} tokens are beyond the {trained_for} that this model was trained for; answers may degrade", stacklevel=4)
+
+    def _expect(self, seen: int) -> None:
+        """Lets a policy that looks at streams see all that they can hold of `seen` tokens."""
         policy = self.plan.policy
         if self.evicts and (policy.streams or policy.attended):
             slots, config = self.cache.position.shape[1], self.model.config
             share = slots // config.streams
             # A stream may hold its share, its layer's, or, competing with all, everything that it has seen.
-            longest = {"head": share, "shared": share, "layer": config.kv_heads * share, "global": min(slots, roomy(self.most_seen))}[self.plan.scope]
+            longest = {"head": share, "shared": share, "layer": config.kv_heads * share, "global": min(slots, roomy(seen))}[self.plan.scope]
             longest = min(slots, 2 * longest) if policy.layer_budgets else longest
             self.plan = dataclasses.replace(self.plan, longest=longest)
 
@@ -195,7 +205,8 @@ class Rows:
         lengths = [len(prompt) for prompt in prompts]
         if self.cache is None:
             self._open(lengths)
-        self._saw(max(lengths))
+        self._saw(lengths)
+        self._expect(self.most_seen)
         chunk = CHUNK if self.one_shot or not self.evicts else self.width
         if not self.evicts:
             self._room(self.most_seen + chunk)
@@ -229,7 +240,8 @@ class Rows:
         if tokens.shape[1] > self.width:
             raise ValueError(f"tokens must be at most {self.width} a sequence, the length of the write buffer (prefill_chunk), got {tokens.shape[1]}")
         self.settle()
-        self._saw(tokens.shape[1])
+        self._saw([tokens.shape[1]] * self.batch)
+        self._expect(self.most_seen)
         if not self.evicts:
             self._room(self.most_seen + CHUNK)
         rereads = self.plan.policy.reread > 0
@@ -276,7 +288,7 @@ class Rows:
     def resume(self, cache: Cache, logits: jax.Array) -> None:
         """Goes on from the `state` of rows of the same model and arguments."""
         self.cache = cache_lib.with_buffer(cache, self.width) if self.evicts else cache
-        self.logits, self.most_seen = logits, int(cache.seen.max())
+        self.logits, self.seen = logits, np.asarray(cache.seen, np.int64)
 
     def decode(self, max_new_tokens: int, temperature: float, top_p: float, seed: int, stop: Sequence[int]) -> Iterator[np.ndarray]:
         """Yields [B, piece] tokens at a time, -1 past a sequence's end, until all have ended or have max_new_tokens."""
@@ -284,17 +296,23 @@ class Rows:
         done = jnp.zeros(self.batch, bool)
         keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(self.batch))
         stop = jnp.asarray(list(stop) or [-1], jnp.int32)
+        expected = 0
         for begin in range(0, max_new_tokens, self.piece):
             steps = min(self.piece, max_new_tokens - begin)
-            self._saw(steps)
-            if not self.evicts:
-                self._room(self.most_seen + 1)
+            if begin + steps > expected:
+                expected = min(max_new_tokens, begin + AHEAD)
+                seen = self.most_seen + expected - begin
+                self._expect(seen)
+                if not self.evicts:
+                    self._room(seen + 1)
             self.settled = False
             self.cache, self.logits, done, tokens = programs.decode(
                 self.plan, self.model.params, self.gates, self.cache, self.logits, done, keys, steps, temperature, top_p, stop,
                 piece=self.piece, evicts=self.evicts,
             )
-            yield np.asarray(tokens)
+            tokens = np.asarray(tokens)
+            self._saw((tokens >= 0).sum(axis=1))
+            yield tokens
             if bool(done.all()):
                 break
         self.settle()

@@ -366,6 +366,28 @@ def test_a_budget_larger_than_the_context_is_the_full_cache(small):
     assert run.stats(0) == full.stats(0)
 
 
+@pytest.mark.parametrize("budget, policy", [(None, "full"), (40, "h2o")])
+def test_a_long_answer_and_many_turns_are_few_programs(small, budget, policy):
+    """What grows with what is seen grows in steps, and the host counts only what was generated."""
+    run = rows(small, 2, budget, policy)
+    run.append(random_prompts([5, 3]))
+    before = programs.decode._cache_size(), programs.prefill._cache_size()
+    tokens = run.decode_all(420, 0.0, 1.0, 0, ())
+    assert [len(row) for row in tokens] == [420, 420] and programs.decode._cache_size() - before[0] <= 2
+    for _ in range(12):
+        run.append(random_prompts([20, 20]))
+        run.decode_all(3, 0.0, 1.0, 0, ())
+    assert programs.decode._cache_size() - before[0] <= 6 and programs.prefill._cache_size() - before[1] <= 6
+    assert run.seen.tolist() == run.cache.seen.tolist() == [5 + 420 + 12 * 23, 3 + 420 + 12 * 23]
+    first = int(np.argmax(run.logits[0]))
+    run.decode_all(100, 0.0, 1.0, 0, [first])
+    assert run.seen.tolist() == run.cache.seen.tolist() and run.seen[0] == 5 + 420 + 12 * 23 + 1
+
+
+def test_fractions_are_whole_where_they_should_be(small):
+    assert [rows(small, 1, fraction).budgets([100]) for fraction in (0.29, 0.57, 0.125, 0.001)] == [[29], [57], [12], [1]]
+
+
 def test_going_beyond_the_trained_length_warns_once():
     run = rows(small_model(small_config(max_positions=50)), 1, 8)
     with pytest.warns(UserWarning, match="beyond the 50") as caught:

@@ -34,7 +34,7 @@ def streams():
         query_covariance=covariance @ np.swapaxes(covariance, -1, -2),
     )  # fmt: skip
     whole = {name: jnp.int32 for name in ("position", "seen", "budget", "query_position")}
-    return policies.Streams(**{name: jnp.asarray(x, whole.get(name)) for name, x in fields.items()})
+    return policies.Streams(sinks=0, **{name: jnp.asarray(x, whole.get(name)) for name, x in fields.items()})
 
 
 GIVEN = streams()
@@ -136,6 +136,19 @@ def test_pyramidkv_keeps_what_is_protected_in_every_layer(small, name):
     assert (len(kept[0][0]) > len(kept[-1][0])) == (name == "pyramidkv"), "kvpress gives all layers the same where the last would fall below"
 
 
+def test_expected_attention_ranks_the_first_tokens_where_they_are_not_protected(small):
+    rows = Rows(small, 1, 0.9, "expected_attention", sinks=0, prefill_chunk=None)
+    rows.append(random_prompts([240]))
+    kept = [head.tolist() for layer in cache_lib.kept_positions(rows.cache, 0) for head in layer]
+    assert all({0, 1, 2, 3} & set(head) for head in kept)
+
+
+def test_lagkv_of_fewer_entries_than_sinks(small):
+    rows = Rows(small, 1, 2, "lagkv", sinks=0, prefill_chunk=1)
+    rows.append(random_prompts([9]))
+    assert all(head.tolist() == [7, 8] for layer in cache_lib.kept_positions(rows.cache, 0) for head in layer)
+
+
 def test_keydiff():
     def expected(b, h):
         keys = numpy_of(GIVEN, b, h)[1]
@@ -165,7 +178,7 @@ def test_expected_attention():
             found.append(softmax(np.where(counted, logits, -np.inf)))
         return np.mean(found, axis=0) * np.linalg.norm(values, axis=1)
 
-    assert_scores(expected_attention.score(GIVEN, sinks, future), expected, 1e-4)
+    assert_scores(expected_attention.score(GIVEN._replace(sinks=sinks), future), expected, 1e-4)
 
 
 @pytest.mark.parametrize("lag", [8, 30])
@@ -186,7 +199,7 @@ def test_lagkv(lag):
             scores[mine] = np.argsort(np.argsort(total)) / lag
         return scores
 
-    assert_scores(lagkv.score(GIVEN, sinks, lag), expected)
+    assert_scores(lagkv.score(GIVEN._replace(sinks=sinks), lag), expected)
 
 
 def test_rkv():

@@ -10,6 +10,7 @@ import pytest
 
 import retention
 from retention.checkpoints import gates as gates_file
+from retention.rows import Rows
 from tests import tiny
 from tests.conftest import small_config, small_model
 
@@ -117,6 +118,28 @@ def test_a_restored_session_goes_on_as_the_saved_one(model, tmp_path, arguments)
             restored.generate(STORY[:200], max_new_tokens=24, temperature=1.0).tokens
             == session.generate(STORY[:200], max_new_tokens=24, temperature=1.0).tokens
         )
+
+
+def test_turns_go_on_with_one_conversation(model, tmp_path, monkeypatch):
+    """The second turn in the chat template is no new conversation; an answer that was cut off is closed first, one that ended is not closed again."""
+    tokenizer, fed = model[0].tokenizer, []
+    append = Rows.append
+    monkeypatch.setattr(Rows, "append", lambda rows, prompts: fed.append(prompts[0]) or append(rows, prompts))
+    session = retention.Session(model[0], budget=32)
+    session.append(STORY)
+    cut_off = session.generate("Who?", max_new_tokens=3, chat=True).tokens
+    assert fed == [tokenizer.encode(STORY), tokenizer.encode(tokenizer.chat([{"role": "user", "content": "Who?"}]), bos=False)]
+    again = "\n<|im_start|>user\nWhere?<|im_end|>\n<|im_start|>assistant\n"
+    session.save(tmp_path / "session")
+    for one in (session.fork(), retention.Session.restore(model[0], tmp_path / "session")):
+        one.append("Where?", chat=True)
+        assert fed[-1] == tokenizer.encode("<|im_end|>" + again)
+    assert not set(cut_off) & set(tokenizer.eos_ids)
+    first = session.fork().generate(max_new_tokens=1).tokens
+    monkeypatch.setattr(tokenizer, "eos_ids", (*tokenizer.eos_ids, *first))
+    assert session.generate(max_new_tokens=5).tokens == first
+    session.append("Where?", chat=True)
+    assert fed[-1] == tokenizer.encode(again)
 
 
 def test_a_session_is_saved_in_the_models_dtype(tmp_path):

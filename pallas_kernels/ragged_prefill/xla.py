@@ -15,7 +15,9 @@ def ragged_prefill(q, k, v, valid, pool_keys, pool_values, starts, buffer_keys, 
     queries = min(QUERIES, length)
     tiles = -(-length // queries)
     # Every tile's rows are in the order (t, g): [B*H*tiles, queries*G, D]
-    rows = jnp.pad(jnp.moveaxis(q, 1, 2) * jnp.asarray(dim**-0.5, q.dtype), ((0, 0), (0, 0), (0, -length % queries), (0, 0), (0, 0)))
+    # In bfloat16 a scaled query would be rounded twice: there the float32 logits are scaled.
+    late = 1.0 if q.dtype == jnp.float32 else dim**-0.5
+    rows = jnp.pad(jnp.moveaxis(q, 1, 2) * jnp.asarray(dim**-0.5 / late, q.dtype), ((0, 0), (0, 0), (0, -length % queries), (0, 0), (0, 0)))
     rows = rows.reshape(batch * heads * tiles, queries * group, dim)
     # All that can be seen as flat entries [N,D]; of pool and buffer that is no copy.
     chunk, pool, buffer = (
@@ -31,7 +33,7 @@ def ragged_prefill(q, k, v, valid, pool_keys, pool_values, starts, buffer_keys, 
             # A block that would run past the last entry is moved back, and what it repeats is masked.
             at = first if whole else jnp.minimum(first, keys.shape[0] - block)
             k, v = (jax.lax.dynamic_slice_in_dim(x, at, block) for x in (keys, values))
-            logits = jnp.einsum("ND,ID->NI", rows, k, preferred_element_type=jnp.float32)
+            logits = jnp.einsum("ND,ID->NI", rows, k, preferred_element_type=jnp.float32) * late
             if not whole:
                 entry = at + jnp.arange(block)
                 inside = (entry >= first) & (entry < end)

@@ -147,7 +147,7 @@ def _config(entries: dict[str, Any], path: pathlib.Path) -> Config:
         # Qwen2's biases of q, k and v are part of the model, not an option: attention_bias means one on o too.
         if entries.get(key):
             refuse(key)
-    if "sliding_attention" in entries.get("layer_types", ()):
+    if "sliding_attention" in (entries.get("layer_types") or ()):
         refuse("sliding_attention layers")
     if value("hidden_act", "silu") != "silu":
         refuse(f"hidden_act {entries['hidden_act']!r}")

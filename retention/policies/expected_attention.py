@@ -9,10 +9,10 @@ from retention.policies.base import Policy, Streams
 from retention.rope import apply_rope
 
 
-def score(streams: Streams, sinks: int, future: int) -> jax.Array:
+def score(streams: Streams, future: int) -> jax.Array:
     """E[softmax(q.k / sqrt(D))] ||v||, E exp(q.k / sqrt(D)) = exp(mu.k / sqrt(D) + k.Sigma.k / 2D), mean over the query heads.
 
-    mu and Sigma are of the queries so far before RoPE, turned by the mean rotation over the next `future` positions. The first `sinks` entries, which are
+    mu and Sigma are of the queries so far before RoPE, turned by the mean rotation over the next `future` positions. The sinks, which are
     protected, take no part in the softmax.
     """
     dim = streams.keys.shape[-1]
@@ -26,7 +26,7 @@ def score(streams: Streams, sinks: int, future: int) -> jax.Array:
     keys = streams.keys.astype(jnp.float32)
     logits = jnp.einsum("BHGD,BHND->BHGN", mean, keys) * dim**-0.5
     logits += jnp.einsum("BHNC,BHGCD,BHND->BHGN", keys, covariance, keys) / (2 * dim)
-    counted = streams.live & (streams.position >= sinks)
+    counted = streams.live & (streams.position >= streams.sinks)
     expected = jax.nn.softmax(logits, axis=-1, where=counted[:, :, None]).mean(axis=2)
     return expected * jnp.linalg.norm(streams.values.astype(jnp.float32), axis=-1)
 
@@ -35,4 +35,4 @@ def policy(sinks: int = 4, future: int = 512) -> Policy:
     """sinks: protected, and their queries not counted. future: positions ahead over which the rotation is averaged. Raises ValueError for future < 1."""
     if future < 1:
         raise ValueError(f"future must be at least 1 position, got {future}")
-    return Policy(functools.partial(score, sinks=sinks, future=future), streams=True, moments=sinks, sinks=sinks, scope="head")
+    return Policy(functools.partial(score, future=future), streams=True, moments=sinks, sinks=sinks, scope="head")

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from retention.policies.base import Policy, Streams
 
 
-def score(streams: Streams, sinks: int, lag: int) -> jax.Array:
+def score(streams: Streams, lag: int) -> jax.Array:
     """The rank of an entry within its partition of `lag`, in [0, 1), by the mean of its keys' and values' softmax over the partition of the deviation,
     over channels, of what is scaled by the next partition's smallest and largest.
 
     Partitions begin behind the sinks; the last full one and what follows are kept first (1), as are the sinks.
     """
     batch, heads, entries, dim = streams.keys.shape
+    sinks = min(streams.sinks, entries)
     parts = max(1, -(-(entries - sinks) // lag))
 
     def deviation(x):
@@ -41,4 +42,4 @@ def policy(sinks: int = 4, lag: int = 128) -> Policy:
     """sinks: protected. lag: entries of a partition. Raises ValueError for a lag below 2."""
     if lag < 2:
         raise ValueError(f"lag must be at least 2 entries, got {lag}")
-    return Policy(functools.partial(score, sinks=sinks, lag=lag), streams=True, sinks=sinks, scope="head")
+    return Policy(functools.partial(score, lag=lag), streams=True, sinks=sinks, scope="head")

@@ -21,15 +21,19 @@ def log1mexp(x: jax.Array) -> jax.Array:
 def score(stat: jax.Array, position: jax.Array, seen: jax.Array, lookahead: int = 1) -> jax.Array:
     """The log of what an entry will be worth; stat is log beta.
 
-    lookahead 1: at the next token, (seen - position) log beta. lookahead n > 1: summed over the n tokens after that one,
-    (seen + 1 - position) log beta + log(1 - beta^n) - log(1 - beta), which is log n at beta = 1.
+    lookahead 1: at the next token, (seen - position) log beta. lookahead n > 1: the mean over the n tokens after that one,
+    (seen + 1 - position) log beta + log(1 - beta^n) - log(1 - beta) - log n, METHOD's sum but for log n, in which a beta near 1 would drown.
     """
     if lookahead == 1:
         return (seen - position) * stat
-    decays = stat < 0
-    log_beta = jnp.where(decays, stat, -1.0)
-    total = jnp.where(decays, log1mexp(lookahead * log_beta) - log1mexp(log_beta), jnp.log(float(lookahead)))
-    return (seen + 1 - position) * stat + total
+    # With x = log beta and y = n x it is (n-1) x / 2 + log(sinh(y/2) / (n sinh(x/2))), here as its series.
+    near = lookahead * stat > -0.5
+    x = jnp.where(near, stat, 0.0)
+    y = lookahead * x
+    series = (lookahead - 1) / 2 * x + (y**2 - x**2) / 24 - (y**4 - x**4) / 2880
+    far = jnp.where(near, -1.0, stat)
+    mean = jnp.where(near, series, log1mexp(lookahead * far) - log1mexp(far) - math.log(lookahead))
+    return (seen + 1 - position) * stat + mean
 
 
 def stat(written: Written) -> jax.Array:
@@ -48,5 +52,5 @@ def policy(lookahead: int = 1, floor: int = 0, alpha: float = 0.0) -> Policy:
         raise ValueError(f"floor must be 0 or more entries per stream, got {floor}")
     if not 0 <= alpha < lookahead:
         raise ValueError(f"alpha must be at least 0 and below {lookahead}, which is what an entry can be worth, got {alpha}")
-    lowest = math.log(alpha) if alpha else -math.inf
+    lowest = math.log(alpha / lookahead) if alpha else -math.inf
     return Policy(score=functools.partial(score, lookahead=lookahead), stat=stat, gated=True, sinks=None, floor=floor, lowest=lowest)

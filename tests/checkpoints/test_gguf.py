@@ -253,6 +253,12 @@ def changed(metadata=(), tensors=(), drop=(), architecture="qwen3"):
             ValueError,
             r"blk.1.attn_k.weight.*has shape \[48, 64\], but its configuration implies \[32, 64\]",
         ),
+        (
+            changed(tensors={"blk.1.attn_k.bias": np.zeros(32, np.float32)}, architecture="llama"),
+            NotImplementedError,
+            "biases that a llama model here has not, such as blk.1.attn_k.bias",
+        ),
+        (changed(tensors={"blk.0.ffn_up.bias": np.zeros(96, np.float32)}, architecture="qwen2"), NotImplementedError, "such as blk.0.ffn_up.bias"),
         (changed({"feed_forward_length": 128}), ValueError, r"ffn_gate.weight.*has shape \[96, 64\].*\[128, 64\]"),
     ],
 )
