@@ -163,10 +163,10 @@ class Rows:
         )  # fmt: skip
 
     def _room(self, tokens: int) -> None:
-        """Makes the write buffer long enough for `tokens`; a chunk longer at least, if it must grow."""
+        """Makes the write buffer long enough for `tokens`; if it has grown before, by a chunk at least, as turns may be short."""
         width = self.cache.buffer_position.shape[1]
         if tokens > width:
-            self.cache = cache_lib.with_buffer(self.cache, roomy(max(tokens, width + CHUNK)))
+            self.cache = cache_lib.with_buffer(self.cache, roomy(tokens if width == self.width else max(tokens, width + CHUNK)))
 
     def _saw(self, tokens: Sequence[int] | np.ndarray) -> None:
         """Counts each sequence's new tokens."""
