@@ -143,7 +143,10 @@ class Session:
             text = (end if self._open else "") + again + text + ask
         elif chat:
             text = opening_turn(model, text)
-        self._rows.append([model.tokenizer.encode(text, bos=self._rows.cache is None)])
+        tokens, start = model.tokenizer.encode(text), model.tokenizer.encode("")
+        if self._rows.cache is not None and tokens[: len(start)] == start:  # what begins a text, be it the template's, stands once
+            tokens = tokens[len(start) :]
+        self._rows.append([tokens])
         if chat:
             self._chatting = self._open = True
 

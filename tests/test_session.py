@@ -13,6 +13,7 @@ from retention.checkpoints import gates as gates_file
 from retention.rows import Rows
 from tests import tiny
 from tests.conftest import small_config, small_model
+from tests.test_chat import of_model
 
 STORY = "The bell rang twice, and nobody came to the door. A letter lay on the step. " * 6
 
@@ -140,6 +141,20 @@ def test_turns_go_on_with_one_conversation(model, tmp_path, monkeypatch):
     assert session.generate(max_new_tokens=5).tokens == first
     session.append("Where?", chat=True)
     assert fed[-1] == tokenizer.encode(again)
+
+
+def test_what_begins_a_text_stands_once(model, monkeypatch):
+    """Also where a conversation whose template writes it begins behind plain text."""
+    tokenizer, fed = of_model("llama3"), []
+    llama = dataclasses.replace(model[0], tokenizer=tokenizer)
+    monkeypatch.setattr(Rows, "append", lambda rows, prompts: fed.extend(prompts[0]) or setattr(rows, "cache", rows))
+    session = retention.Session(llama, budget=32)
+    session.append("A text.")
+    session.append(" More.")
+    session.append("Who?", chat=True)
+    [begin] = tokenizer.encode("")
+    assert fed.count(begin) == 1 and fed[0] == begin
+    assert tokenizer.decode(fed).startswith("A text. More.system") and tokenizer.decode(fed).endswith("Who?assistant\n\n")
 
 
 def test_a_session_is_saved_in_the_models_dtype(tmp_path):
