@@ -25,13 +25,13 @@ WORKDIR = flags.DEFINE_string("workdir", None, "The run folder.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def begin_stream(config: ConfigDict, model: Model, samples: list[needles.Sample]) -> tuple[list[list[int]], np.ndarray]:
+def begin_stream(config: ConfigDict, model: Model, texts: list[str], samples: list[needles.Sample]) -> tuple[list[list[int]], np.ndarray]:
     """What the caches read first, and the tokens [B, T] that follow: the model's own if there are samples, else prose."""
     if samples:
         encode = chat.encoder(model.tokenizer)
         prompts = [encode(sample.context, bos=True) for sample in samples]
         return prompts, streaming.tell(model, prompts, config.tokens, config.temperature, config.seed)
-    pairs = prose.windows([model.tokenizer.encode(one) for one in text.load(config.text)], config.piece, config.tokens, config.samples, config.seed)
+    pairs = prose.windows([model.tokenizer.encode(one) for one in texts], config.piece, config.tokens, config.samples, config.seed)
     return [prompt for prompt, _ in pairs], np.array([tokens for _, tokens in pairs])
 
 
@@ -48,8 +48,8 @@ def check(config: ConfigDict) -> None:
 def main(_):
     config = CONFIG.value
     check(config)
-    model = checkpoints.load(config.model, gates=config.gates, dtype=config.dtype)
-    run = RunFolder(WORKDIR.value, config, program="stream", **inputs(model, text.load(config.text)))
+    model, texts = checkpoints.load(config.model, gates=config.gates, dtype=config.dtype), text.load(config.text)
+    run = RunFolder(WORKDIR.value, config, program="stream", **inputs(model, texts))
     if (run.path / "stream.csv").exists():
         print(f"{run.path / 'stream.csv'} is there: this run has come to its end")
         return
@@ -60,7 +60,7 @@ def main(_):
     stream, done = streaming.resume(kept, caches)
     run.keep_metrics([record for record in run.metrics() if record["begin"] < done])
     if stream is None:
-        prompts, stream = begin_stream(config, model, samples)
+        prompts, stream = begin_stream(config, model, texts, samples)
         for rows in caches.values():
             rows.append(prompts)
     pieces = streaming.follow(caches, stream, config.piece, done)

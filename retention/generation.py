@@ -143,8 +143,9 @@ class Session:
             text = (end if self._open else "") + again + text + ask
         elif chat:
             text = opening_turn(model, text)
-        tokens, start = model.tokenizer.encode(text), model.tokenizer.encode("")
-        if self._rows.cache is not None and tokens[: len(start)] == start:  # what begins a text, be it the template's, stands once
+        first = self._rows.cache is None
+        tokens, start = model.tokenizer.encode(text, bos=first), model.tokenizer.encode("")
+        if not first and tokens[: len(start)] == start:  # what begins a text stands once, also where the template writes it
             tokens = tokens[len(start) :]
         self._rows.append([tokens])
         if chat:

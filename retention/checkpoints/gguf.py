@@ -61,8 +61,8 @@ def load(path: str | pathlib.Path, dtype: Any = "float32", place: Callable | Non
     if metadata.get("split.count", 1) > 1:
         raise NotImplementedError(f"{path} is one part of a split GGUF: merge the parts first (llama-gguf-split --merge)")
     config = _config(metadata, tensors, path)
-    known = [name for key, name in NAMES["layers"].items() if key in ("q_bias", "k_bias", "v_bias") and config.qkv_bias]
-    asked = {name.format(layer) for name in known for layer in range(config.layers)}
+    biases = ("q_bias", "k_bias", "v_bias") if config.qkv_bias else ()
+    asked = {NAMES["layers"][name].format(layer) for name in biases for layer in range(config.layers)}
     if unread := sorted(name for name in tensors if name.endswith(".bias") and name not in asked):
         raise NotImplementedError(f"{path} has biases that a {metadata['general.architecture']} model here has not, such as {unread[0]}")
     # Llama's converter reorders the rows of q and k for interleaved rotary embeddings; Qwen's does not.

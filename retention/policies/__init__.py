@@ -48,10 +48,10 @@ def register(name: str, policy: Policy | Callable[..., Policy]) -> None:
         raise ValueError(f"a policy's name must be a text without ':' and ',', got {name!r}")
     if name in _REGISTRY:
         raise ValueError(f"policy {name!r} is registered already; choose another name")
-    if not isinstance(policy, Policy):
-        if not callable(policy) or any(one.default is one.empty for one in inspect.signature(policy).parameters.values()):
-            raise ValueError(f"policy {name!r} must be a Policy, as Policy(score=...), or a function that makes one of options with defaults, got {policy!r}")
-    _REGISTRY[name] = (lambda: policy) if isinstance(policy, Policy) else policy
+    made = isinstance(policy, Policy)
+    if not made and (not callable(policy) or any(one.default is one.empty for one in inspect.signature(policy).parameters.values())):
+        raise ValueError(f"policy {name!r} must be a Policy, as Policy(score=...), or a function that makes one of options with defaults, got {policy!r}")
+    _REGISTRY[name] = (lambda: policy) if made else policy
 
 
 def names() -> list[str]:

@@ -9,24 +9,24 @@ from retention.policies import snapkv
 from retention.policies.base import Policy
 
 
-def budgets(budget: jax.Array, seen: jax.Array, layers: int, window: jax.Array, beta: float) -> jax.Array:
-    """[B, L] int32: what is protected, the window, and an arithmetic sequence of mean M - window whose last term is 1/beta of its mean. Sums to L*M exactly."""
+def budgets(budget: jax.Array, seen: jax.Array, layers: int, protected: jax.Array, beta: float) -> jax.Array:
+    """[B, L] int32: what is protected and an arithmetic sequence of mean M - protected whose last term is 1/beta of its mean. Sums to L*M exactly."""
     # The first n terms, as a share of the whole: sum of (2 - 1/beta) - i (2 - 2/beta) / (L - 1) over i < n, divided by L.
     n = jnp.arange(layers + 1)
     step = (2 - 2 / beta) / max(layers - 1, 1)
     first = 2 - 1 / beta if layers > 1 else 1.0
     share = (first * n - step * n * (n - 1) / 2) / layers
-    total = jnp.round(share * (layers * jnp.maximum(budget - window, 0))[:, None].astype(jnp.float32)).astype(jnp.int32)
-    return jnp.minimum(budget, window)[:, None] + jnp.diff(total, axis=1)
+    total = jnp.round(share * (layers * jnp.maximum(budget - protected, 0))[:, None].astype(jnp.float32)).astype(jnp.int32)
+    return jnp.minimum(budget, protected)[:, None] + jnp.diff(total, axis=1)
 
 
-def kvpress_budgets(budget: jax.Array, seen: jax.Array, layers: int, window: jax.Array, beta: float) -> jax.Array:
-    """As kvpress has them: the sequence's mean is M, window included; where its end falls below the window, every layer gets M."""
-    m, room = budget.astype(jnp.float32), (seen - window).astype(jnp.float32)
+def kvpress_budgets(budget: jax.Array, seen: jax.Array, layers: int, protected: jax.Array, beta: float) -> jax.Array:
+    """As kvpress has them: the sequence's mean is M, what is protected (theirs: the window) included; where its end falls below that, every layer gets M."""
+    m, room = budget.astype(jnp.float32), (seen - protected).astype(jnp.float32)
     most = jnp.minimum(2 * m - m / beta, room)
     least = 2 * m - most
     slope = (most - least) / max(layers - 1, 1)
-    fits = (most >= least) & (least >= window)
+    fits = (most >= least) & (least >= protected)
     falling = jnp.round(most[:, None] - slope[:, None] * jnp.arange(layers))
     return jnp.where(fits[:, None], falling, budget[:, None]).astype(jnp.int32)
 
