@@ -7,6 +7,8 @@ layer and ONE readout shared by all layers, which puts every layer's scores on o
 
 import dataclasses
 import functools
+import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,8 @@ class GateConfig:
         for name, least in (("width", 1), ("sinks", 0)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise ValueError(f"gate {name} must be a whole number of at least {least}, got {getattr(self, name)!r}")
+        if isinstance(self.bias, bool) or not isinstance(self.bias, numbers.Real) or not math.isfinite(self.bias):
+            raise ValueError(f"gate bias must be a number, got {self.bias!r}")
 
 
 class Gates(nnx.Module):
@@ -46,8 +50,8 @@ class Gates(nnx.Module):
     w1 [L,E,R], b1 [L,R], not in a linear gate; global only: w2 [L,R,R], b2 [L,R]; readout [R,H] ([R,1] tied; [L,R,H] local; [L,E,H] linear), bias [H]
     ([1] tied; [L,H] local and linear).
 
-    input_rms: [L] root mean square of each layer's gate input. Given, the trunk starts at unit scale in every layer, which small models need (their
-    inputs range over a factor of ten); left out, weights start at the papers' N(0, 0.02).
+    input_rms: [L] root mean square of each layer's gate input. Given, the trunk (of a linear gate, the score) starts at one scale in every layer, which
+    small models need (their inputs range over a factor of ten); left out, weights start at the papers' N(0, 0.02).
     """
 
     def __init__(self, config: Config, gate: GateConfig, rngs: nnx.Rngs, input_rms: jax.Array | None = None):
@@ -65,10 +69,11 @@ class Gates(nnx.Module):
             self.w2 = normal(layers, width, width, std=0.02 if input_rms is None else 1.5 / width**0.5)
             self.b2 = nnx.Param(jnp.zeros((layers, width)))
             self.readout = normal(width, heads)
-            self.bias = nnx.Param(jnp.full((heads,), gate.bias))
+            self.bias = nnx.Param(jnp.full((heads,), gate.bias, jnp.float32))
         else:
-            self.readout = normal(layers, config.embed_dim if gate.kind == "linear" else width, heads)
-            self.bias = nnx.Param(jnp.full((layers, heads), gate.bias))
+            std = 0.02 if gate.kind == "local" or input_rms is None else 0.02 / input_rms[:, None, None]
+            self.readout = normal(layers, config.embed_dim if gate.kind == "linear" else width, heads, std=std)
+            self.bias = nnx.Param(jnp.full((layers, heads), gate.bias, jnp.float32))
 
 
 def init(config: Config, gate: GateConfig, seed: int = 0, input_rms: jax.Array | None = None) -> dict:

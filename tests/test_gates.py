@@ -83,6 +83,12 @@ def test_given_the_inputs_rms_every_layer_starts_at_unit_scale():
     params = gates.init(small_config(embed_dim=256), GateConfig(width=64), input_rms=rms)
     h = rms[:, None, None] * jax.random.normal(jax.random.key(1), (L, 500, 256))
     np.testing.assert_allclose(jnp.einsum("LTE,LER->LTR", h, params["w1"]).std(axis=(1, 2)), 1.0, rtol=0.1)
+    linear = gates.init(small_config(embed_dim=256), GateConfig("linear"), input_rms=rms)
+    np.testing.assert_allclose(jnp.einsum("LTE,LEH->LTH", h, linear["readout"]).std(axis=(1, 2)), 0.02 * 256**0.5, rtol=0.2)
+
+
+def test_a_bias_may_be_a_whole_number():
+    assert gates.init(CONFIG, GateConfig(width=R, bias=8))["bias"].dtype == np.float32
 
 
 @kinds
@@ -150,6 +156,8 @@ def test_gradients_of_the_shared_readout_sum_over_layers(gate):
         (dict(kind="globe"), "must be 'global', 'local' or 'linear', got 'globe'"),
         (dict(kind="local", tie_heads=True), "tie_heads belongs to the global gate; a local gate"),
         (dict(kind="linear", tie_heads=True), "tie_heads belongs to the global gate; a linear gate"),
+        (dict(bias="8"), "gate bias must be a number, got '8'"),
+        (dict(bias=float("inf")), "gate bias must be a number, got inf"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(arguments, message):

@@ -45,7 +45,8 @@ class Pipeline:
       max_chars: records with more characters are skipped
       packing_bins: rows that are filled at once, each document going into the first it fits in
       sources: name -> {kind, path, weight}; see sources.py for kinds. Weights are shares of documents; one of weight 0 is left out.
-    Attribute report: source -> {"documents": n, "skipped": {reason: count}, "first": {reason: place}}; digests: source -> that of its files.
+    Attributes answers: whether any document holds an assistant's tokens; report: source -> {"documents": n, "skipped": {reason: count}, "first": {reason:
+    place}}; digests: source -> that of its files.
     Raises ValueError for an entry that cannot be, or where no token could ever be compared, FileNotFoundError for a missing file.
     """
 
@@ -53,6 +54,9 @@ class Pipeline:
         for name, least in {"batch_size": 1, "length": 2, "others": 0, "workers": 0, "max_chars": 1, "packing_bins": 1}.items():
             if section[name] < least:
                 raise ValueError(f"data.{name} must be at least {least}, not {section[name]}")
+        for name, entry in section.sources.items():
+            if set(entry) != {"kind", "path", "weight"}:
+                raise ValueError(f"data.sources.{name} needs kind, path and weight, not {', '.join(entry)}")
         weights = {name: entry.weight for name, entry in section.sources.items()}
         if any(weight < 0 for weight in weights.values()) or not any(weights.values()):
             raise ValueError(f"data.sources need weights of at least 0, one of them above, not {weights}")
@@ -66,7 +70,8 @@ class Pipeline:
         }
         self.report = {name: source.report for name, source in self._sources.items()}
         self.digests = {name: source.digest for name, source in self._sources.items()}
-        if not section.others and not any(source.answers for source in self._sources.values()):
+        self.answers = any(source.answers for source in self._sources.values())
+        if not section.others and not self.answers:
             raise ValueError("data.others is 0 and no source in data.sources has answers: no token would ever be compared; give others, or chat data")
 
     def rows(self, rows: Sequence[int]) -> grain.DatasetIterator:

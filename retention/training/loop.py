@@ -69,6 +69,13 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> gates.TrainedGates
     gate = gates.GateConfig(**config.gate)
     optimizer = make_optimizer(config.optimizer, config.steps)
     pipeline = Pipeline(section, model.tokenizer, config.seed)
+    loss = config.loss
+    if not (loss.kl or loss.ntp) and not loss.other_kl:
+        raise ValueError("loss.kl, loss.ntp and loss.other_kl are all 0: no token would ever be compared; give one of them a weight")
+    if not (pipeline.answers and (loss.kl or loss.ntp)) and not (section.others and loss.other_kl):
+        raise ValueError(
+            "no token would ever be compared: loss.kl and loss.ntp weigh answers, of which data.sources need one with chat, loss.other_kl the data.others"
+        )
     check_data(run, pipeline)
     if is_primary():
         found = {name: {**report, "digest": pipeline.digests[name]} for name, report in pipeline.report.items()}
@@ -96,7 +103,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> gates.TrainedGates
         else:
             first_batch = next(batches)
             batches = itertools.chain([first_batch], batches)
-            rms = gate_input_rms(shape, mesh, params, first_batch) if config.init_from_data else None
+            rms = gate_input_rms(shape, mesh, params, first_batch) if config.init_from_data and not config.start_from else None
             start = init_state(start_params(config, shape, gate, rms), optimizer)
             # By way of numpy: on every process the same values, and no weak types, for which the step would be compiled twice.
             state = jax.device_put(jax.tree.map(np.asarray, start), placed)

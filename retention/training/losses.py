@@ -27,7 +27,8 @@ def capacity_loss(mass: jax.Array, positions: jax.Array, inside: jax.Array, budg
     positions, inside = positions[..., None], inside[..., None]
     excess = (pools - budget * n) / jnp.maximum((positions + 1 - budget) * n, 1.0)
     excess = jnp.where(inside, jnp.maximum(excess, 0.0), 0.0)
-    return excess.sum() / jnp.maximum(jnp.sum(excess > 0), 1)
+    exceeding = jnp.sum(excess > 0, axis=(2, 3)).astype(jnp.float32)  # of a row: those of all rows may be more than an int32 counts
+    return excess.sum() / jnp.maximum(exceeding.sum(), 1)
 
 
 def weighted_losses(

@@ -106,7 +106,7 @@ class Meter:
         pairs = float(pairs)
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        flops = step_flops(*self._shape, record["tokens"], pairs, record["answers"] + record["others"]) / seconds
+        flops = step_flops(*self._shape, record["tokens"], pairs, record["compared"]) / seconds
         return record | {
             "seconds": seconds,
             "tokens_per_second": record["tokens"] / seconds,

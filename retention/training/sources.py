@@ -82,8 +82,6 @@ def open_source(name: str, entry: ConfigDict, tokenizer: Tokenizer, length: int,
 
     kind "facts": synthetic chat over the prose of `path` (as text.load takes it); "text": windows of that prose; "records": see records.py.
     """
-    if set(entry) != {"kind", "path", "weight"}:
-        raise ValueError(f"data.sources.{name} needs kind, path and weight, not {', '.join(entry)}")
     if entry.kind == "facts":
         chat.encoder(tokenizer)  # a model without chat turns is refused now
         return Facts(entry.path, length, seed)

@@ -119,10 +119,10 @@ def _gather_outer(mesh: Mesh, params: dict) -> dict:
 def gate_input_rms(config: Config, mesh: Mesh, params: dict, batch: dict) -> jax.Array:
     """[L] float32: root mean square of each layer's gate input over the tokens of a batch, for `gates.init`."""
     batch = {name: dealt(mesh, batch[name]) for name in ("tokens", "positions", "segment_ids")}
-    inside = batch["segment_ids"][..., None] > 0
+    inside = batch["segment_ids"] > 0
 
     def rms(h, log_beta, mass):
-        return jnp.sqrt(masked_mean(jnp.square(h.astype(jnp.float32)), jnp.broadcast_to(inside, h.shape)))
+        return jnp.sqrt(masked_mean(jnp.square(h.astype(jnp.float32)).mean(-1), inside))
 
     return _run(config, mesh, _gather_outer(mesh, params), batch, rms)[1]
 
@@ -140,7 +140,9 @@ def kept_share(log_beta: jax.Array, distance: jax.Array, inside: jax.Array, coun
     def narrow(i, limit):
         """limit: the largest known below which fewer than `count` entries lie."""
         higher = limit | (1 << (30 - i))
-        return jnp.where(jnp.sum(inside & (bits < higher), axis=axes, keepdims=True) < count, higher, limit)
+        # The entries of a batch of long rows are more than an int32 counts; those of one row and head are not.
+        lower = jnp.sum(inside & (bits < higher), axis=2, keepdims=True).astype(jnp.float32)
+        return jnp.where(jnp.sum(lower, axis=axes, keepdims=True) < count, higher, limit)
 
     axes = (0, 1, 2, 3) if one_pool else (1, 2)
     limit = jax.lax.fori_loop(0, 31, narrow, jnp.zeros_like(bits[:1, :1, :1, :1] if one_pool else bits[:, :1, :1]))
@@ -157,11 +159,12 @@ def make_step(config: Config, gate: gates_lib.GateConfig, optimizer: optax.Gradi
 
     batch: [B,T] arrays as retention.training.data makes them: tokens, labels, segment_ids, positions, answer, other.
     Loss = KL(answers) + NTP(answers) + KL(other tokens) + capacity, each a weighted mean of its own, so that few answer tokens are not drowned.
-    A batch in which nothing is labelled changes no gate: capacity alone would only teach to forget. Its measurements `answers` and `others` are 0.
+    A batch in which no token is compared, for there is none or its losses have no weight, changes no gate: capacity alone would only teach to forget.
+    Its measurement `compared` is 0.
 
     measurements: float32 scalars; loss and its parts (other_kl is 0 where it has no weight, as it is not computed then), budget (M), retained_share (mean
-    of S_t / (p_t+1)), gradient_norm, and the counts answers, others, documents, tokens; retained_by_layer [L]; kept_share [L,H], the share of each stream's
-    tokens that the budget keeps at the documents' ends.
+    of S_t / (p_t+1)), gradient_norm, and the counts answers, others, compared, documents, tokens;
+    retained_by_layer [L]; kept_share [L,H], the share of each stream's tokens that the budget keeps at the documents' ends.
 
     Raises ValueError for budgets that are no range above 0.
     """
@@ -192,6 +195,8 @@ def make_step(config: Config, gate: gates_lib.GateConfig, optimizer: optax.Gradi
         answer, other = batch["answer"], batch["other"]
         answers, others = jnp.sum(answer), jnp.sum(other)
         per_answer, per_other = answer / jnp.maximum(answers, 1.0), other / jnp.maximum(others, 1.0)
+        kl_weight, ntp_weight = loss.kl * per_answer + loss.other_kl * per_other, loss.ntp * per_answer
+        compared = jnp.sum((kl_weight != 0) | (ntp_weight != 0))
         quality, (divergence, cross_entropy) = weighted_losses(
             mesh,
             config.tie_embeddings,
@@ -199,13 +204,13 @@ def make_step(config: Config, gate: gates_lib.GateConfig, optimizer: optax.Gradi
             teacher,
             params["embed" if config.tie_embeddings else "head"],
             batch["labels"],
-            loss.kl * per_answer + loss.other_kl * per_other,
-            loss.ntp * per_answer,
+            kl_weight,
+            ntp_weight,
         )
         # Local gates compete each in its own stream, all others in one pool.
         one_pool = gate.kind != "local"
         capacity = capacity_loss(mass, positions, inside, budget, one_pool)
-        total = jnp.where(answers + others > 0, quality + loss.capacity * capacity, 0.0)
+        total = jnp.where(compared > 0, quality + loss.capacity * capacity, 0.0)
         by_layer = jnp.sum(jnp.where(inside[..., None], mass / (positions + 1)[..., None], 0.0), axis=(1, 2, 3)) / jnp.maximum(tokens * config.kv_heads, 1)
         kept = kept_share(jax.lax.stop_gradient(log_beta), distance, inside, budget * documents * (config.streams if one_pool else 1), one_pool)
         return total, {
@@ -218,6 +223,7 @@ def make_step(config: Config, gate: gates_lib.GateConfig, optimizer: optax.Gradi
             "retained_share": by_layer.mean(),
             "answers": answers,
             "others": others,
+            "compared": compared,
             "documents": documents,
             "tokens": tokens,
             "retained_by_layer": by_layer,
@@ -228,8 +234,8 @@ def make_step(config: Config, gate: gates_lib.GateConfig, optimizer: optax.Gradi
         gradient, measurements = jax.grad(loss_fn, has_aux=True)(state.params, params, batch, jax.random.fold_in(key, state.step))
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         learned = optax.apply_updates(state.params, updates), optimizer_state
-        labelled = measurements["answers"] + measurements["others"] > 0
-        params, optimizer_state = jax.tree.map(lambda new, old: jnp.where(labelled, new, old), learned, (state.params, state.optimizer))
+        taught = measurements["compared"] > 0
+        params, optimizer_state = jax.tree.map(lambda new, old: jnp.where(taught, new, old), learned, (state.params, state.optimizer))
         measurements["gradient_norm"] = optax.tree.norm(gradient)
         return TrainState(state.step + 1, params, optimizer_state), jax.tree.map(lambda x: x.astype(jnp.float32), measurements)
 

@@ -138,8 +138,8 @@ def test_files_of_a_run(whole, folder, config):
 
     records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(10))
-    numbers = {"step", "loss", "kl", "ntp", "other_kl", "capacity", "budget", "retained_share", "gradient_norm", "answers", "others", "documents", "tokens"}
-    numbers |= {"seconds", "tokens_per_second", "model_flops_per_second", "peak_memory_bytes"}
+    numbers = {"step", "loss", "kl", "ntp", "other_kl", "capacity", "budget", "retained_share", "gradient_norm", "answers", "others", "compared"}
+    numbers |= {"documents", "tokens", "seconds", "tokens_per_second", "model_flops_per_second", "peak_memory_bytes"}
     for record in records:
         assert record.keys() == numbers | {"retained_by_layer", "kept_share", "mfu"}
         assert all(np.isfinite(record[name]) for name in numbers)
@@ -505,6 +505,10 @@ def test_what_failed_at_the_start_may_be_corrected(folder, tmp_path):
         loop.train(make_config(folder, **{"gate.kind": "both"}), tmp_path)
     with pytest.raises(ValueError, match="steps must be more than optimizer.warmup_steps, 2, not 2"):
         loop.train(make_config(folder, steps=2), tmp_path)
+    with pytest.raises(ValueError, match="loss.kl, loss.ntp and loss.other_kl are all 0"):
+        loop.train(make_config(folder, **{"loss.kl": 0.0, "loss.ntp": 0.0, "loss.other_kl": 0.0}), tmp_path)
+    with pytest.raises(ValueError, match="no token would ever be compared: loss.kl and loss.ntp weigh answers, .* loss.other_kl the data.others"):
+        loop.train(make_config(folder, **{"loss.other_kl": 0.0, "data.sources.facts.weight": 0.0}), tmp_path)
     loop.train(make_config(folder, steps=3), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == len(metrics(tmp_path)) == 3
 
@@ -513,7 +517,7 @@ def test_what_failed_at_the_start_may_be_corrected(folder, tmp_path):
 def test_nan_stops_the_run(monkeypatch, config, tmp_path, name, at):
     def broken(*args):
         def step(state, params, batch, key):
-            numbers = dict.fromkeys(("loss", "kl", "retained_share", "gradient_norm", "tokens", "answers", "others"), jnp.ones(()))
+            numbers = dict.fromkeys(("loss", "kl", "retained_share", "gradient_norm", "tokens", "answers", "others", "compared"), jnp.ones(()))
             return state._replace(step=state.step + 1), numbers | {name: jnp.where(state.step == at, jnp.nan, 1.0)}
 
         return step

@@ -316,6 +316,18 @@ def test_batch_without_answers_is_finite():
     assert all(np.isfinite(leaf).all() and leaf.any() for leaf in gradient.values())
 
 
+def test_tokens_whose_losses_have_no_weight_teach_nothing():
+    """Of other tokens alone and no weight on their KL the capacity would be left, which teaches to forget."""
+    batch = make_batch()
+    unanswered = batch | {"answer": np.zeros_like(batch["answer"])}
+    before = init_state(gate_params(GLOBAL), OPTIMIZER)
+    after, measured = advance(GLOBAL, before, batch=unanswered, other_kl=0.0)
+    assert measured["others"] > 0 == measured["compared"] == measured["loss"] and measured["capacity"] > 0
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+    _, measured = advance(GLOBAL, before, batch=batch, other_kl=0.0)
+    assert measured["compared"] == measured["answers"] > 0
+
+
 def test_sinks_stay():
     """Gates that forget all at once still keep the sinks of every document: with two, every time holds those and the newest token."""
     measured, _ = run(SINKS, gate_params(SINKS, bias=-40.0, spread=0.0))
