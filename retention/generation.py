@@ -79,7 +79,8 @@ def generate(
       budget: M, tokens per stream on average (int); a fraction in (0, 1] of each prompt's tokens (float); None: the full cache. As many tokens as
         the model was trained for, or more, are the full cache too.
       policy: a name of retention.policies.names(), options behind a colon ("retention:floor=16"), or a Policy; "full" never evicts.
-      scope: what competes for the budget, "global", "layer", "head" or "shared"; None: the policy's own, which of retention is "global".
+      scope: what competes for the budget, "global", "layer", "head" or "shared"; None: the policy's own, which of
+        retention is "global", with local gates "head".
       prefill_chunk: tokens between evictions, in prefill and in decoding; None: one-shot prefill, then one eviction.
       sinks, window: protected first and newest positions; None: the policy's own.
       temperature: 0 is greedy. top_p: sampling keeps the fewest tokens that hold this probability.
@@ -135,7 +136,10 @@ class Session:
         self._arguments = dict(budget=budget, policy=policy, scope=scope, prefill_chunk=prefill_chunk, sinks=sinks, window=window)
 
     def append(self, text: str, chat: bool = False) -> None:
-        """Prefills `text` (as a user's turn of the chat template with `chat`) and ends with a selection: at most S*M entries are kept."""
+        """Prefills `text` (as a user's turn of the chat template with `chat`) and ends with a selection: at most S*M entries are kept.
+
+        Broken off midway, by an error or Ctrl-C, it leaves a session that raises ValueError: what its cache holds is unknown. A fork made before goes on.
+        """
         model = self._rows.model
         check_text(model, text, "text")
         if chat and self._chatting:
@@ -156,7 +160,7 @@ class Session:
     ) -> Iterator[str]:
         """Appends `text`, if any, and yields the continuation in pieces as it is decoded. Returns the Generation (the generator's return value).
 
-        Abandoned midway, the session goes on from the last piece.
+        Abandoned between two pieces, the session goes on from the last one; broken off inside one (Ctrl-C), it is used no more: see `append`.
         """
         check_sampling(max_new_tokens, temperature, top_p, seed)
         if text:
@@ -169,8 +173,8 @@ class Session:
             new = [int(token) for token in piece[0] if token >= 0]
             tokens += new
             written.append("".join(decoder.push(token) for token in new))
+            self._open = tokens[-1] not in tokenizer.eos_ids
             yield written[-1]
-        self._open = not (tokens and tokens[-1] in tokenizer.eos_ids)
         written.append(decoder.finish())
         yield written[-1]
         return Generation("".join(written), tokens, self.stats)

@@ -4,6 +4,7 @@ The host only feeds prompts in and takes generated tokens out, a piece of severa
 the prompt, but where more is held than the budget: the full cache and one-shot prefill's buffer grow, in steps.
 """
 
+import contextlib
 import dataclasses
 import functools
 import numbers
@@ -85,7 +86,9 @@ class Rows:
         policy = policies.get(policy) if isinstance(policy, str) else policy
         if not isinstance(policy, policies.Policy):
             raise ValueError(f"policy must be one of {', '.join(policies.names())}, or a Policy, got {policy!r}")
-        scope = policy.scope if scope is None else scope
+        trained = model.gates
+        if scope is None:  # local gates' scores have no scale in common
+            scope = "head" if policy.gated and trained and trained.config.kind == "local" else policy.scope
         check_name("scope", scope, cache_lib.SCOPES)
         if scope not in policy.scopes:
             raise ValueError(f"this policy makes no sense under scope={scope!r}; its scope may be {' or '.join(policy.scopes)}")
@@ -94,7 +97,6 @@ class Rows:
                 raise ValueError(f"{name} must be a whole number of tokens, 0 or more, or None for the policy's own, got {value!r}")
         if prefill_chunk is not None and not is_whole(prefill_chunk, 1):
             raise ValueError(f"prefill_chunk must be at least 1 token, or None for one-shot prefill, got {prefill_chunk!r}")
-        trained = model.gates
         if sinks is None:
             sinks = policy.sinks
             if sinks is None:
@@ -103,7 +105,11 @@ class Rows:
         check_budget(budget, sinks, window, policy.floor)
         if policy.floor and scope != "global":
             raise ValueError(f"a policy with a floor needs scope='global', got scope={scope!r}; the other scopes fix each share already")
+        if policy.layer_budgets and scope != "head":
+            raise ValueError(f"a policy with layer_budgets needs scope='head', got scope={scope!r}; in the others layers compete or share alike")
         bounded = policy.lowest > -np.inf
+        if policy.floor and bounded:
+            raise ValueError("a policy has a floor, which keeps entries whatever they score, or a lowest score (alpha), below which they go; not both")
         if bounded and budget is None:
             raise ValueError("a policy with a lowest score (alpha) needs a budget, the most that it may keep, got budget=None")
         # As many tokens as the model can use are the full cache.
@@ -121,6 +127,7 @@ class Rows:
         self.seen = np.zeros(batch, np.int64)  # tokens of each sequence, as the host counts them
         self.warned = False
         self.settled = True  # the write buffer is empty, or the full cache
+        self.whole = True  # nothing was broken off midway
 
     def _follow(self, policy: policies.Policy, scope: str, sinks: int, window: int | Callable) -> None:
         trained = self.model.gates
@@ -174,7 +181,7 @@ class Rows:
         trained_for = self.model.config.max_positions
         if self.most_seen > trained_for and not self.warned:
             self.warned = True
-            warnings.warn(f"{self.most_seen} tokens are beyond the {trained_for} that this model was trained for; answers may degrade", stacklevel=4)
+            warnings.warn(f"{self.most_seen} tokens are beyond the {trained_for} that this model was trained for; answers may degrade", stacklevel=5)
 
     def _expect(self, seen: int) -> None:
         """Lets a policy that looks at streams see all that they can hold of `seen` tokens."""
@@ -187,14 +194,28 @@ class Rows:
             longest = min(slots, 2 * longest) if policy.layer_budgets else longest
             self.plan = dataclasses.replace(self.plan, longest=longest)
 
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Around all that changes the rows: what is broken off inside, by an error or Ctrl-C, leaves a cache that matches no text."""
+        self._check_whole()
+        self.whole = False
+        yield
+        self.whole = True
+
+    def _check_whole(self) -> None:
+        """Raises ValueError if something was broken off."""
+        if not self.whole:
+            raise ValueError("reading or generating was broken off midway here, so that the cache matches no text; begin anew, or go on from a fork or a file")
+
     def _evict(self) -> None:
         self.cache = programs.evict(self.plan, self.cache)
 
     def settle(self) -> None:
         """Ends a decode, finished or abandoned, with a selection: the buffer is then free for the next tokens."""
-        if self.evicts and not self.settled:
-            self._evict()
-        self.settled = True
+        with self._whole():
+            if self.evicts and not self.settled:
+                self._evict()
+            self.settled = True
 
     def append(self, prompts: Sequence[Sequence[int]]) -> list[jax.Array]:
         """Feeds each sequence its tokens, evicting after each chunk (one-shot: once, at the end).
@@ -205,6 +226,10 @@ class Rows:
         lengths = [len(prompt) for prompt in prompts]
         if self.cache is None:
             self._open(lengths)
+        with self._whole():
+            return self._append(prompts, lengths)
+
+    def _append(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[jax.Array]:
         self._saw(lengths)
         self._expect(self.most_seen)
         chunk = CHUNK if self.one_shot or not self.evicts else self.width
@@ -240,17 +265,18 @@ class Rows:
         if tokens.shape[1] > self.width:
             raise ValueError(f"tokens must be at most {self.width} a sequence, the length of the write buffer (prefill_chunk), got {tokens.shape[1]}")
         self.settle()
-        self._saw([tokens.shape[1]] * self.batch)
-        self._expect(self.most_seen)
-        if not self.evicts:
-            self._room(self.most_seen + CHUNK)
         rereads = self.plan.policy.reread > 0
-        self.cache, predicted, self.logits = programs.score(
-            self.plan, self.model.params, self.gates, self.cache, jnp.asarray(tokens), self.logits, evict=self.evicts and not rereads
-        )
-        if rereads:
-            self._reread(tokens.tolist())
-            self._evict()
+        with self._whole():
+            self._saw([tokens.shape[1]] * self.batch)
+            self._expect(self.most_seen)
+            if not self.evicts:
+                self._room(self.most_seen + CHUNK)
+            self.cache, predicted, self.logits = programs.score(
+                self.plan, self.model.params, self.gates, self.cache, jnp.asarray(tokens), self.logits, evict=self.evicts and not rereads
+            )
+            if rereads:
+                self._reread(tokens.tolist())
+                self._evict()
         return predicted
 
     def _reread(self, read: Sequence[Sequence[int]]) -> None:
@@ -274,6 +300,7 @@ class Rows:
 
     def fork(self) -> "Rows":
         """The same sequences, to go on by themselves."""
+        self._check_whole()
         other = object.__new__(Rows)
         other.__dict__.update(self.__dict__)
         # Programs consume the cache they are given, so the two may not share arrays.
@@ -299,21 +326,22 @@ class Rows:
         expected = 0
         for begin in range(0, max_new_tokens, self.piece):
             steps = min(self.piece, max_new_tokens - begin)
-            if begin + steps > expected:
-                expected = min(max_new_tokens, begin + AHEAD)
-                seen = self.most_seen + expected - begin
-                self._expect(seen)
-                if not self.evicts:
-                    self._room(seen + 1)
-            self.settled = False
-            self.cache, self.logits, done, tokens = programs.decode(
-                self.plan, self.model.params, self.gates, self.cache, self.logits, done, keys, steps, temperature, top_p, stop,
-                piece=self.piece, evicts=self.evicts,
-            )
-            tokens = np.asarray(tokens)
-            self._saw((tokens >= 0).sum(axis=1))
+            with self._whole():
+                if begin + steps > expected:
+                    expected = min(max_new_tokens, begin + AHEAD)
+                    seen = self.most_seen + expected - begin
+                    self._expect(seen)
+                    if not self.evicts:
+                        self._room(seen + 1)
+                self.settled = False
+                self.cache, self.logits, done, tokens = programs.decode(
+                    self.plan, self.model.params, self.gates, self.cache, self.logits, done, keys, steps, temperature, top_p, stop,
+                    piece=self.piece, evicts=self.evicts,
+                )
+                tokens, ended = np.asarray(tokens), bool(done.all())
+                self._saw((tokens >= 0).sum(axis=1))
             yield tokens
-            if bool(done.all()):
+            if ended:
                 break
         self.settle()
 

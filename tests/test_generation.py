@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retention import cache, policies, programs
+from retention import cache, gates, policies, programs
 from retention.evaluation import prose
 from retention.model import bind
 from retention.rows import Rows
@@ -298,6 +298,8 @@ class TestSampling:
         (dict(budget=3, policy="window"), r"budget 3 is smaller than sinks \+ window = 4 \+ 0"),
         (dict(budget=2, policy=policies.retention.policy(floor=3)), r"sinks \+ window \+ floor = 0 \+ 0 \+ 3"),
         (dict(budget=8, scope="head", policy=policies.retention.policy(floor=3)), "scope='global'"),
+        (dict(budget=8, policy="retention:floor=2,alpha=0.5"), "a floor, .* or a lowest score .alpha., .* not both"),
+        (dict(budget=8, policy=policies.Policy(score=None, layer_budgets=lambda *_: None)), "layer_budgets needs scope='head', got scope='global'"),
         (dict(budget=None, policy="retention:alpha=0.5"), "needs a budget, the most that it may keep, got budget=None"),
         (dict(budget=8, scope="globe"), "unknown scope 'globe': did you mean global"),
         (dict(budget=8, policy="retension"), "did you mean retention"),
@@ -309,6 +311,12 @@ class TestSampling:
 def test_bad_arguments_are_named(small, arguments, message):
     with pytest.raises(ValueError, match=message):
         rows(small, 1, **arguments)
+
+
+def test_local_gates_rank_within_each_head(small):
+    local = dataclasses.replace(small, gates=gates.TrainedGates(gates.GateConfig("local", width=16), {}))
+    assert [rows(local, 1, 12, policy).plan.scope for policy in ("retention", "window", "retention:lookahead=8")] == ["head", "global", "head"]
+    assert rows(local, 1, 12, scope="global").plan.scope == rows(small, 1, 12).plan.scope == "global"
 
 
 def test_retention_without_gates_is_refused(small):

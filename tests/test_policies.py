@@ -188,8 +188,18 @@ def test_options_of_a_name():
         ("retention:lookahead=0", "lookahead must be at least 1 token, got 0"),
         ("full:floor=1", "policy 'full' has no options, got 'floor=1'"),
         ("tova:window=1", "policy 'tova' has no options, got 'window=1'"),
+        ("lagkv:sinks=-2", "a policy's sinks must be a whole number of tokens, 0 or more, got -2"),
+        ("snapkv:window=-1", "window must be"),
+        ("random:seed=-1", "seed must be a whole number from 0 to 2\\*\\*32 - 1, got -1"),
+        ("random:seed=5000000000", "seed must be"),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(name, message):
     with pytest.raises(ValueError, match=message):
         policies.get(name)
+
+
+@pytest.mark.parametrize("changes", [dict(scopes=["global"]), dict(scope="head", scopes=("global",)), dict(scope="globe")])
+def test_a_policys_scope_is_one_of_its_scopes(changes):
+    with pytest.raises(ValueError, match="a policy's scopes must be a tuple that holds its scope"):
+        policies.Policy(score=None, **changes)

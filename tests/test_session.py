@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import retention
+from retention import programs
 from retention.checkpoints import gates as gates_file
 from retention.rows import Rows
 from tests import tiny
@@ -85,6 +86,37 @@ def test_an_abandoned_stream_leaves_a_session_that_goes_on(model):
         session.append(STORY)
         seen = session.stats.seen_tokens
         assert positions(session) == [list(range(seen - 16, seen))] * model[0].config.streams
+
+
+@pytest.mark.parametrize("arguments", [dict(budget=16), dict(budget=None), dict(budget=16, prefill_chunk=None)], ids=["chunks", "full", "one-shot"])
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_what_is_broken_off_midway_is_used_no_more(model, monkeypatch, arguments, program):
+    """Ctrl-C in the second program: the cache holds a part of the text, and nothing tells which."""
+    session = retention.Session(model[0], **arguments)
+    session.append(STORY)
+    fork, whole, calls = session.fork(), getattr(programs, program), []
+
+    def second(*given, **options):
+        calls.append(program)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(*given, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(programs, program, second)
+        with pytest.raises(KeyboardInterrupt):
+            session.generate(3 * STORY, max_new_tokens=40)
+    for call in (lambda: session.append(STORY), session.generate, session.fork):
+        with pytest.raises(ValueError, match="was broken off midway here, so that the cache matches no text; begin anew, or go on from a fork or a file"):
+            call()
+    assert len(fork.generate(3 * STORY, max_new_tokens=40).tokens) == 40
+
+
+def test_a_mistake_breaks_nothing_off(model):
+    session = retention.Session(model[0], budget=0.01, policy="window")
+    with pytest.raises(ValueError, match="smaller than sinks"):
+        session.append("Short.")
+    session.append(10 * STORY)
 
 
 # Ones that note nothing, queries, moments, hidden states with the tokens before, attention received; and the full cache.

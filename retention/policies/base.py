@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from retention.cache import SCOPES
+from retention.names import is_whole
 
 
 class Written(NamedTuple):
@@ -91,3 +92,11 @@ class Policy:
     entropy: bool = False
     attended: bool = False
     reread: int = 0
+
+    def __post_init__(self):
+        """Raises ValueError for what no cache could do."""
+        for name, value in (("sinks", self.sinks), ("window", self.window), ("floor", self.floor)):
+            if not (is_whole(value) or (name == "sinks" and value is None) or (name == "window" and callable(value))):
+                raise ValueError(f"a policy's {name} must be a whole number of tokens, 0 or more, got {value!r}")
+        if not isinstance(self.scopes, tuple) or self.scope not in self.scopes:
+            raise ValueError(f"a policy's scopes must be a tuple that holds its scope, {self.scope!r}, got {self.scopes!r}")

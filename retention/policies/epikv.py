@@ -47,7 +47,8 @@ def score(stat: jax.Array, position: jax.Array, seen: jax.Array) -> jax.Array:
 def segment_score(streams: Streams) -> jax.Array:
     """-(rank in its segment by s) / quota: of any budget the segments get shares as 64 : 32 : 8, by tertiles of their keys' variance.
 
-    A segment is 128 positions; the variance is over its entries, mean over channels.
+    A segment is 128 positions; the variance is over its entries, mean over channels. The paper does not say over which layers and heads: here each stream has
+    tertiles of its own, and scope "shared" ranks by the mean.
     """
 
     def of_stream(s, position, live, keys):
