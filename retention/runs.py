@@ -4,6 +4,7 @@ import contextlib
 import csv
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import pathlib
@@ -115,16 +116,17 @@ def replace_text(file: pathlib.Path, text: str) -> None:
     """Writes the file whole or not at all. Raises OSError, see `writing`."""
     partial = file.with_name(file.name + ".partial")
     with writing(file):
-        partial.write_text(text)
+        partial.write_text(text, newline="")
         partial.replace(file)
 
 
 def write_table(file: pathlib.Path, rows: list[dict]) -> None:
-    """Writes rows as CSV, with every column that one of them has; empty where a row has it not."""
-    with open(file, "w", newline="") as opened:
-        writer = csv.DictWriter(opened, dict.fromkeys(name for row in rows for name in row))
-        writer.writeheader()
-        writer.writerows(rows)
+    """Writes rows as CSV, whole or not at all, with every column that one of them has; empty where a row has it not."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_text(file, text.getvalue())
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ def test_what_compressing_costs(small, policy):
     row = bench.compression_row(small, policy, 100, 0.25, rounds=1)
     assert row["policy"] == policy and row["seconds"] > 0 and row["peak_bytes"] >= 0
     assert row["prefill"] == {"full": "plain", "retention": "chunks of 256", "kvzip": "one-shot"}[policy]
-    assert row["times_plain"] == 1 or policy != "full"
+    assert row["times_plain"] == 1 if policy == "full" else row["times_plain"] > 0
 
 
 def test_serving(small, monkeypatch):

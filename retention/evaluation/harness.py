@@ -62,6 +62,9 @@ def cells(config: ConfigDict) -> list[Cell]:
     for scope in config.scopes:
         check_name("scope", scope, cache_lib.SCOPES)
     named = dict.fromkeys((*config.policies, *(("full", "window") if config.baselines else ())))
+    for one, other in itertools.product(config.one_shot, named):
+        if one not in named and other not in config.one_shot and one.partition(":")[0] == other.partition(":")[0]:
+            raise ValueError(f"config.one_shot has {one} and config.policies {other}; give one name, with the same options, to both")
     table = []
     for task in config.tasks:
         for length in config.lengths if tasks.has_length(task) else (None,):
@@ -95,11 +98,15 @@ def empty_rows(config: ConfigDict, model: Model, cell: Cell, batch: int) -> Rows
 def check_cells(config: ConfigDict, model: Model, table: Sequence[Cell]) -> None:
     """Raises ValueError, with the cell, for one that cannot run: a scope that its policy cannot have, a budget below what is always kept, no gates.
 
-    Also for policies of config.one_shot that cannot share a reading. A fraction of contexts that are not loaded yet: `check_fractions`.
+    Also for policies of config.one_shot that cannot share a reading, and for local gates under the policy's own scope. A fraction of contexts that are not
+    loaded yet: `check_fractions`.
     """
     reader(tuple(policies.get(name) for name in config.one_shot))
+    local = model.gates is not None and model.gates.config.kind == "local"
     for cell in table:
         with naming(cell):
+            if local and policies.get(cell.policy).gated and not config.scopes:
+                raise ValueError("these gates are local, each head's scores on a scale of their own; give config.scopes=('head',)")
             empty_rows(config, model, cell, batch=1)
 
 
@@ -136,9 +143,7 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
     What is wrong with the config or a file is found before the first cell: raises as `cells`, `check_cells`, `check_fractions`, `tasks.load`, `RunFolder` do.
     """
     table = cells(config)
-    model, texts = checkpoints.load(config.model, gates=config.gates, dtype=config.dtype), text.load(config.text)
-    if model.tokenizer is None:
-        raise ValueError(f"config.model {config.model} has no tokenizer, and tasks are texts; put a tokenizer.json into its folder")
+    model, texts = load(config, config.gates)
     check_cells(config, model, table)
     run = RunFolder(workdir, config, program="evaluate", **inputs(model, texts))
     drop_cut_batches(run, config)
@@ -147,8 +152,7 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
     for cell in table:
         if not all((cell, sample) in done for sample in range(config.samples)):
             missing.setdefault((cell.task, cell.length), []).append(cell)
-    load = {task: prose_task if task == "prose" else asking_task for task in config.tasks}
-    loaded = {(task, length): load[task](config, model, texts, task, length) for task, length in missing}
+    loaded = {(task, length): (prose_task if task == "prose" else asking_task)(config, model, texts, task, length) for task, length in missing}
     for key, group in missing.items():
         check_fractions(config, model, group, loaded[key].shortest())
     with tqdm(total=len(table) * config.samples, initial=len(done), unit="sample", desc="evaluating", smoothing=0) as progress:
@@ -169,6 +173,14 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
     plots.plot_results(rows, records, run.path)
     run.finish(seed=config.seed)
     return rows
+
+
+def load(config: ConfigDict, gates: str | None) -> tuple[Model, list[str]]:
+    """config.model with these gates, and config.text. Raises ValueError for a model without a tokenizer, and as `checkpoints.load` and `text.load` do."""
+    model = checkpoints.load(config.model, gates=gates, dtype=config.dtype)
+    if model.tokenizer is None:
+        raise ValueError(f"config.model {config.model} has no tokenizer, and tasks are texts; put a tokenizer.json into its folder")
+    return model, text.load(config.text)
 
 
 def inputs(model: Model, texts: Sequence[str]) -> dict[str, str]:
@@ -365,19 +377,21 @@ def summarise(config: ConfigDict, cell: Cell, records: list[dict], full: list[di
     """A row of the table: means over the records, and the scores' 95 % interval, in which several questions about one context count as one sample.
 
     With the full cache's records of the same task also on how many samples the score is above and below the full cache's: of the same contexts
-    intervals that overlap may hide a difference that these pairs show. Seconds are means without the first batch's, which compiles, if there are others.
+    intervals that overlap may hide a difference that these pairs show. Seconds are means without the batches that compile, if there are others: the first,
+    and a last one that is smaller.
     """
     known = {"cell", "sample", "question", "questions", "prompt", "answer", "generated", "kept_by_stream", "kept_by_distance"}
     samples = len({record["sample"] for record in records})
+    warm = range(config.batch_size, samples - samples % config.batch_size)
     row = {
         **dataclasses.asdict(cell),
-        "prefill": "one-shot" if cell.policy == "full" or cell.policy in config.one_shot else f"chunks of {config.prefill_chunk}",
-        "question_seen": config.question_seen,
+        "prefill": f"chunks of {config.prefill_chunk}" if config.prefill_chunk and cell.policy not in ("full", *config.one_shot) else "one-shot",
+        "question_seen": config.question_seen and cell.task != "prose",
         "samples": samples,
         "questions": len(records),
     }
     for name in (name for name in records[0] if name not in known):
-        later = [record for record in records if record["sample"] >= config.batch_size] if name.endswith("_seconds") else []
+        later = [record for record in records if warm.start <= record["sample"] < warm.stop] if name.endswith("_seconds") else []
         row[name] = round(float(np.mean([record[name] for record in later or records])), 4)
     if "score" in row:
         row |= dict(zip(("low", "high"), (round(x, 4) for x in interval(row["score"], samples)), strict=True))

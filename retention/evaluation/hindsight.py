@@ -53,11 +53,11 @@ def divergences(
 
 
 def table(measured: Sequence[dict]) -> list[dict]:
-    """Of the rows of several batches one for all that agree in everything but kl, with its mean over the sequences and the standard error of that."""
+    """Of the rows of several batches one for all that agree in everything but kl, with its mean over the sequences and that mean's standard error."""
     together: dict[tuple, list[float]] = {}
     for row in measured:
         together.setdefault(tuple((name, value) for name, value in row.items() if name != "kl"), []).extend(row["kl"])
-    return [
-        {**dict(named), "samples": len(kl), "kl": round(float(np.mean(kl)), 4), "error": round(float(np.std(kl) / len(kl) ** 0.5), 4)}
-        for named, kl in together.items()
-    ]
+    rows = [{**dict(named), "samples": len(kl), "kl": round(float(np.mean(kl)), 4)} for named, kl in together.items()]
+    for row, kl in zip(rows, together.values(), strict=True):
+        row["error"] = round(float(np.std(kl, ddof=1) / len(kl) ** 0.5), 4) if len(kl) > 1 else None
+    return rows

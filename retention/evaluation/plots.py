@@ -70,11 +70,8 @@ def title(row: dict) -> str:
     return ", ".join([part for part in parts if part] + ["question known when the context is compressed"] * (str(row["question_seen"]) == "True"))
 
 
-def plot_scores(rows: Sequence[dict], path: pathlib.Path) -> None:
-    """A panel a task and length: score (of prose KL) against budget, a line a policy and scope with 95 % intervals; the full cache as a band.
-
-    Where several runs have the same policy in the same panel, each run has lines of its own.
-    """
+def lines_of(rows: Sequence[dict]) -> dict[str, list[dict]]:
+    """The rows of each line, by its name: of a policy and scope, and where several runs have the same in one panel, of each run."""
     runs: dict[tuple[str, str], set] = {}
     for row in rows:
         runs.setdefault((title(row), label(row)), set()).add(row.get("run"))
@@ -82,7 +79,15 @@ def plot_scores(rows: Sequence[dict], path: pathlib.Path) -> None:
     lines: dict[str, list[dict]] = {}
     for row in rows:
         lines.setdefault(f"{label(row)}, {row['run']}" if several else label(row), []).append(row)
-    own = panels(rows)
+    return lines
+
+
+def plot_scores(rows: Sequence[dict], path: pathlib.Path) -> None:
+    """A panel a task and length: score (of prose KL) against budget, a line a policy and scope with 95 % intervals; the full cache as a band.
+
+    Where several runs have the same policy in the same panel, each run has lines of its own.
+    """
+    lines, own = lines_of(rows), panels(rows)
     figure, axes = grid(len(own))
     for axis, panel in zip(axes, own, strict=True):
         for number, (name, line) in enumerate(lines.items()):
@@ -104,7 +109,7 @@ def plot_scores(rows: Sequence[dict], path: pathlib.Path) -> None:
 def plot_lengths(rows: Sequence[dict], path: pathlib.Path) -> None:
     """A panel a task and budget: score (of prose KL) against the context's length, a line a policy and scope with 95 % intervals, the full cache in each.
 
-    Of tasks that rows have at several lengths; without one there is no picture.
+    Of tasks that rows have at several lengths; without one there is no picture. Runs as in `plot_scores`.
     """
     tasks: dict[str, list[dict]] = {}
     for row in rows:
@@ -115,10 +120,7 @@ def plot_lengths(rows: Sequence[dict], path: pathlib.Path) -> None:
         return
     figure, axes = grid(len(own))
     for axis, (name, budget) in zip(axes, own, strict=True):
-        lines: dict[str, list[dict]] = {}
-        for row in sorted(tasks[name], key=lambda row: row["length"]):
-            if row["budget"] in (budget, None):
-                lines.setdefault(label(row), []).append(row)
+        lines = lines_of(sorted((row for row in tasks[name] if row["budget"] in (budget, None)), key=lambda row: row["length"]))
         for number, (policy, line) in enumerate(lines.items()):
             draw_line(axis, "length", line, policy, number, len(lines))
         lengths = sorted({row["length"] for row in tasks[name]})

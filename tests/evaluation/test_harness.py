@@ -1,6 +1,7 @@
 """The evaluation harness on a tiny model: what it writes, that it goes on where it stopped, and what the numbers mean."""
 
 import csv
+import dataclasses
 import json
 import os
 import pathlib
@@ -299,6 +300,7 @@ def test_reasoning_evicts_while_it_decodes(folder, tmp_path):
         (dict(tasks=("needel",)), "unknown task 'needel': did you mean needle"),
         (dict(tasks=("longbench_quasper",)), "did you mean longbench_qasper"),
         (dict(policies=("retension",)), "unknown policy 'retension': did you mean retention"),
+        (dict(policies=("lagkv:lag=32",), one_shot=("lagkv",)), "config.one_shot has lagkv and config.policies lagkv:lag=32; give one name, with"),
         (dict(one_shot=("snapvk",)), "unknown policy 'snapvk': did you mean snapkv"),
         (dict(scopes=("globl",)), "unknown scope 'globl': did you mean global"),
         (dict(policies=("pyramidkv",), scopes=("layer",)), r"needle4 of 310 tokens, pyramidkv \(layer\) at budget 0.25: .* its scope may be head"),
@@ -339,6 +341,33 @@ def test_samples_are_paired_with_the_full_caches(folder):
     row = harness.summarise(config_of(folder), cell, own, full)
     assert (row["above_full"], row["below_full"], row["score"]) == (1, 1, 0.5)
     assert "above_full" not in harness.summarise(config_of(folder), cell, own, None), "where the full cache was not run there is nothing to pair"
+
+
+def test_seconds_are_of_batches_that_compile_nothing(folder):
+    """Of batches of 2, 2 and 1 the first and the last, which is smaller, compile."""
+    cell = harness.Cell("needle", 310, "window", "global", 0.25)
+    records = [{"sample": i, "question": 0, "questions": 1, "score": 1.0, "decode_seconds": s} for i, s in enumerate((9.0, 9.0, 1.0, 3.0, 9.0))]
+    for count, wanted in ((5, 2.0), (4, 2.0), (3, 19 / 3), (2, 9.0)):
+        assert harness.summarise(config_of(folder), cell, records[:count], None)["decode_seconds"] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_rows_say_how_a_context_was_read(folder):
+    records = [{"sample": 0, "question": 0, "questions": 1, "score": 1.0}]
+    for chunk, policy, task, wanted in (
+        (64, "retention", "needle", ("chunks of 64", True)), (None, "retention", "needle", ("one-shot", True)), (64, "window", "prose", ("one-shot", False)),
+    ):  # fmt: skip
+        config = config_of(folder, prefill_chunk=chunk, question_seen=True)
+        row = harness.summarise(config, harness.Cell(task, 310, policy, "global", 0.25), records, None)
+        assert (row["prefill"], row["question_seen"]) == wanted
+
+
+def test_local_gates_want_their_scope(folder, model):
+    local = dataclasses.replace(model, gates=dataclasses.replace(model.gates, config=dataclasses.replace(model.gates.config, kind="local")))
+    config = config_of(folder)
+    with pytest.raises(ValueError, match=r"needle4 of 310 tokens, retention \(global\) at budget 0.25: these gates are local, .* config.scopes=\('head',\)"):
+        harness.check_cells(config, local, harness.cells(config))
+    config = config_of(folder, scopes=("head",))
+    harness.check_cells(config, local, harness.cells(config))
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,14 @@ def test_divergences_vanish_with_all_that_is_evicted(small):
     assert all(row["kl"] == 0 for row in rows[::2]) and all(row["kl"] > 0.001 for row in rows[1::2])
 
 
+def test_batches_are_put_together():
+    def row(scope, *kl):
+        return {"scope": scope, "budget": 0.5, "kl": list(kl)}
+
+    table = hindsight.table([row("head", 1.0, 2.0), row("layer", 5.0), row("head", 6.0)])
+    assert [(one["scope"], one["samples"], one["kl"], one["error"]) for one in table] == [("head", 3, 3.0, round(7**0.5 / 3**0.5, 4)), ("layer", 1, 5.0, None)]
+
+
 @pytest.mark.slow
 def test_the_program(tmp_path):
     folder = write_folder(tmp_path / "model")

@@ -84,6 +84,9 @@ def test_the_program(tmp_path):
     (tmp_path / "b" / "results.csv").unlink()
     failed = subprocess.run([*command, f"--runs={tmp_path / 'a'},{tmp_path / 'b'}"], capture_output=True, text=True)
     assert failed.returncode != 0 and f"{tmp_path / 'b'} has no results.csv; give --runs folders in which" in failed.stderr
+    # as a shell makes it of a pattern without quotes
+    failed = subprocess.run([*command, "--runs", str(tmp_path / "a"), str(tmp_path / "b")], capture_output=True, text=True)
+    assert failed.returncode != 0 and f"{tmp_path / 'b'} belongs to no flag: put a pattern" in failed.stdout + failed.stderr
 
 
 @pytest.fixture
@@ -108,6 +111,16 @@ def test_scores_against_budgets(tmp_path, drawn):
     assert sorted(segment[:, 1].tolist() for segment in bars.get_segments()) == [pytest.approx([0.65, 0.85]), pytest.approx([0.7, 0.9])]
     assert [line.get_ydata()[0] for line in needle.lines if line.get_label() == "full cache"] == [0.7]
     assert prose.get_ylabel() == "kl" and not any(container.has_yerr for container in prose.containers)
+
+
+def test_runs_have_lines_of_their_own(tmp_path, drawn):
+    rows = [row_of("window", 0.25, 0.1 * i, length=length, run=run) for i, (run, length) in enumerate((r, n) for r in "ab" for n in (1024, 4096))]
+    plots.plot_lengths(rows, tmp_path / "lengths.png")
+    lines = {container.get_label(): container[0].get_ydata().tolist() for container in drawn[0].axes[0].containers}
+    assert lines == {"window (global), a": [0.0, 0.1], "window (global), b": pytest.approx([0.2, 0.3])}
+    # of runs that share no panel each length has one value
+    plots.plot_lengths([rows[0], rows[3]], tmp_path / "lengths.png")
+    assert [container.get_label() for container in drawn[1].axes[0].containers] == ["window (global)"]
 
 
 def test_scores_against_lengths(tmp_path, drawn):
