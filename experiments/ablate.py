@@ -12,6 +12,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from experiments import check_arguments
 from retention.evaluation.harness import evaluate
 from retention.evaluation.plots import measure_of
 from retention.evaluation.report import typed
@@ -38,7 +39,8 @@ def gates_and_scores(config: ConfigDict, variant: str, seed: int, folder: pathli
     return evaluate(evaluation, folder / "evaluation")
 
 
-def main(_):
+def main(argv):
+    check_arguments(argv)
     config = CONFIG.value
     for variant in config.order:
         check_name("variant", variant, sorted(config.variants))

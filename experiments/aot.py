@@ -17,6 +17,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from configs import qwen3_4b
+from experiments import check_arguments
 from pallas_kernels import aot, operations
 from retention import compiled as serving
 from retention.names import check_name
@@ -42,7 +43,8 @@ COLUMNS = {
 }
 
 
-def main(_):
+def main(argv):
+    check_arguments(argv)
     names, measures = COLUMNS[SUITE.value]
     programs = list({"kernels": kernels, "training": training, "serving": servings}[SUITE.value]())
     path = pathlib.Path(WORKDIR.value)

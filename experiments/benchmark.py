@@ -12,6 +12,7 @@ The times of a busy machine are worth nothing; the ratios hold as long as both s
 
 import importlib.util
 import pathlib
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from configs import smollm2_135m
+from experiments import check_arguments
 from pallas_kernels import operations
 from retention import bench, checkpoints, compiled, gates, policies
 from retention import model as model_lib
@@ -34,7 +36,7 @@ SUITE = flags.DEFINE_enum("suite", "kernels", ["kernels", "end_to_end", "decodin
 MODEL = flags.DEFINE_enum("model", "smollm2-135m", ["smollm2-135m", *compiled.MODELS], "The model of suite serving.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder for the suite's CSV.", required=True)
 OPERATIONS = flags.DEFINE_list("operations", list(operations.NAMES), "Which operations, of suite kernels.")
-POLICIES = flags.DEFINE_list("policies", policies.names(), "Which policies, of suite compression.")
+POLICIES = flags.DEFINE_string("policies", ",".join(policies.names()), "Which policies, of suite compression.")
 
 
 def seconds(function, *arguments) -> float:
@@ -105,13 +107,14 @@ SUITES = {
     "kernels": kernels,
     "end_to_end": lambda: beside_theirs(bench.rows),
     "decoding": lambda: beside_theirs(bench.decoding_rows),
-    "compression": lambda: bench.compression_rows("smollm2-135m", POLICIES.value),
+    "compression": lambda: bench.compression_rows("smollm2-135m", re.split(",(?![a-z_]+=)", POLICIES.value)),  # but for commas between options
     "serving": serving,
     "training": lambda: training_bench.rows(smollm2_135m.get_config("long")),
 }
 
 
-def main(_):
+def main(argv):
+    check_arguments(argv)
     device, version = jax.devices()[0].device_kind, commit()
     print(device, version)
     path = pathlib.Path(WORKDIR.value)

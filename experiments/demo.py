@@ -7,6 +7,7 @@ import time
 from absl import app, flags
 
 import retention
+from experiments import check_arguments
 from retention.evaluation.plots import plot_kept
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Where the pictures go.")
@@ -22,7 +23,8 @@ QUESTIONS = (
 )
 
 
-def main(_):
+def main(argv):
+    check_arguments(argv)
     folder = pathlib.Path(WORKDIR.value)
     folder.mkdir(parents=True, exist_ok=True)
     model = retention.load("smollm2-135m", gates="shipped")

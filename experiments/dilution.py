@@ -13,6 +13,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
+from experiments import check_arguments
 from retention.evaluation import dilution
 from retention.evaluation.plots import plot_dilution
 from retention.runs import RunFolder, write_table
@@ -41,7 +42,8 @@ def problem(key, count: int, samples: int, dim: int, margin: float, spread: floa
     return along[..., None] * query[:, None] + noise, jax.random.normal(keys[4], noise.shape), query, evidence
 
 
-def main(_):
+def main(argv):
+    check_arguments(argv)
     config = CONFIG.value
     run = RunFolder(WORKDIR.value, config)
     run.keep_metrics([])
@@ -55,7 +57,7 @@ def main(_):
         scores |= {"window": (jnp.broadcast_to(jnp.arange(count + 1.0), noise.shape), config.budget), "random": (noise, config.budget)}
         for name, (score, budget) in scores.items():
             mass, right = dilution.recall(keys, values, query, score, evidence, budget)
-            error = float(jnp.std(mass) / config.samples**0.5)
+            error = float(jnp.std(mass, ddof=1) / config.samples**0.5)
             rows.append({"cache": name, "distractors": count, "mass": float(mass.mean()), "mass_error": error, "accuracy": float(right.mean())})
             run.log(**rows[-1])
     write_table(run.path / "dilution.csv", rows)

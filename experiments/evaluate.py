@@ -3,6 +3,7 @@
 from absl import app, flags
 from ml_collections import config_flags
 
+from experiments import check_arguments
 from retention.evaluation.harness import evaluate
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The evaluation, a file of configs/.", lock_config=True)
@@ -10,7 +11,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; an interrupted e
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def main(_):
+def main(argv):
+    check_arguments(argv)
     for row in evaluate(CONFIG.value, WORKDIR.value):
         measured = f"score {row['score']:.3f} ({row['low']:.3f} to {row['high']:.3f})" if "score" in row else f"KL {row['kl']}"
         budget = "all" if row["budget"] is None else f"{row['budget']:g}"

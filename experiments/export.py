@@ -10,6 +10,7 @@ import pathlib
 import numpy as np
 from absl import app, flags
 
+from experiments import check_arguments
 from retention import checkpoints
 from retention.checkpoints import gates
 
@@ -19,7 +20,8 @@ OUT = flags.DEFINE_string("out", None, "The file to write.")
 flags.mark_flags_as_required(["gates", "out"])
 
 
-def main(_):
+def main(argv):
+    check_arguments(argv)
     trained = gates.load(GATES.value, checkpoints.load(MODEL.value, gates=None).config)
     params = {name: np.asarray(leaf, np.float16 if name in ("w1", "w2") else np.float32) for name, leaf in trained.params.items()}
     facts = ("model", "commit", "versions", "device", "seconds", "seed", "steps")

@@ -9,21 +9,21 @@ from absl import app, flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from retention import checkpoints
+from experiments import check_arguments
 from retention.evaluation import hindsight, prose
-from retention.evaluation.harness import batches, check_numbers, inputs
+from retention.evaluation.harness import batches, check_numbers, inputs, load
 from retention.runs import RunFolder, write_table
-from retention.training import text
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The evaluation, a file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def main(_):
+def main(argv):
+    check_arguments(argv)
     config = CONFIG.value
     check_numbers(config)
-    model, texts = checkpoints.load(config.model, gates=None, dtype=config.dtype), text.load(config.text)
+    model, texts = load(config, None)
     tokens = [model.tokenizer.encode(one) for one in texts]
     run = RunFolder(WORKDIR.value, config, program="hindsight", **inputs(model, texts))
     run.keep_metrics([])

@@ -5,13 +5,15 @@ import pathlib
 
 from absl import app, flags
 
+from experiments import check_arguments
 from retention.training.plots import plot_run
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder that train_gates wrote, or still writes.")
 flags.mark_flag_as_required("workdir")
 
 
-def main(_):
+def main(argv):
+    check_arguments(argv)
     folder = pathlib.Path(WORKDIR.value)
     file = folder / "metrics.jsonl"
     if not file.exists():

@@ -10,6 +10,7 @@ import pathlib
 
 from absl import app, flags
 
+from experiments import check_arguments
 from retention.evaluation.plots import plot_lengths, plot_scores
 from retention.evaluation.report import leaderboard
 
@@ -18,7 +19,8 @@ OUT = flags.DEFINE_string("out", None, "The folder to write into.")
 flags.mark_flags_as_required(["runs", "out"])
 
 
-def main(_):
+def main(argv):
+    check_arguments(argv)
     if not RUNS.value:
         raise ValueError("--runs names no folder; give those of finished runs, with commas between them")
     runs = []

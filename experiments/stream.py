@@ -11,14 +11,14 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from retention import chat, checkpoints
+from experiments import check_arguments
+from retention import chat
 from retention.evaluation import needles, prose, streaming
-from retention.evaluation.harness import inputs
+from retention.evaluation.harness import inputs, load
 from retention.evaluation.plots import plot_streams
 from retention.model import Model
 from retention.rows import Rows
 from retention.runs import RunFolder, write_table
-from retention.training import text
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The streams, configs/stream.py:story or :prose.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder.")
@@ -45,10 +45,11 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"config.bins must be from 1 to the stream's {config.tokens // config.piece} pieces, got {config.bins}")
 
 
-def main(_):
+def main(argv):
+    check_arguments(argv)
     config = CONFIG.value
     check(config)
-    model, texts = checkpoints.load(config.model, gates=config.gates, dtype=config.dtype), text.load(config.text)
+    model, texts = load(config, config.gates)
     run = RunFolder(WORKDIR.value, config, program="stream", **inputs(model, texts))
     if (run.path / "stream.csv").exists():
         print(f"{run.path / 'stream.csv'} is there: this run has come to its end")

@@ -9,6 +9,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from experiments import check_arguments
 from retention import distributed
 from retention.training.loop import Preempted, train
 
@@ -22,7 +23,8 @@ flags.FLAGS.verbosity = logging.FATAL  # orbax has a page to say about every che
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def main(_):
+def main(argv):
+    check_arguments(argv)
     if DISTRIBUTED.value:
         distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     elif (COORDINATOR.value, PROCESSES.value, PROCESS.value) != (None, None, None):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.global_topk import gpu, reference, tpu, xla
 from pallas_kernels.global_topk.reference import Selection, TopK
-from pallas_kernels.platforms import platform
+from pallas_kernels.platforms import choose
 
 __all__ = ["Selection", "TopK", "global_topk", "select_keys"]
 
@@ -42,20 +42,13 @@ def global_topk(
       ValueError: wrong shapes, dtypes or, where they are not being traced, values of k and starts.
     """
     reference.check(scores, valid, protected, k, starts, width)
-    return _global_topk(scores, valid, protected, k, starts, width, _known(implementation))
+    return _global_topk(scores, valid, protected, k, starts, width, choose(implementation, _IMPLEMENTATIONS))
 
 
 def select_keys(keys: jax.Array, k: jax.Array, starts: jax.Array, width: int, implementation: str | None = None) -> Selection:
     """global_topk for keys [B, N] int32 instead of scores: the largest stay, but never reference.LOWEST, which is what is not valid."""
     reference.check_keys(keys, k, starts, width)
-    return _select_keys(keys, k, starts, width, _known(implementation))
-
-
-def _known(implementation):
-    implementation = implementation or platform()
-    if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(f"implementation: got {implementation!r}, takes None or one of {', '.join(_IMPLEMENTATIONS)}")
-    return implementation
+    return _select_keys(keys, k, starts, width, choose(implementation, _IMPLEMENTATIONS))
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))

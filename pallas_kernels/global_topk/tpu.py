@@ -27,7 +27,7 @@ def select_keys(keys: jax.Array, k: jax.Array, starts: jax.Array, width: int, in
     batch, entries = keys.shape
     streams = starts.shape[1] - 1
     if vmem is None:
-        # Where there is no TPU this is traced, as a branch that platform_dependent then drops.
+        # Where there is no TPU, in interpret mode, a size that all have.
         vmem = usable(pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else 1 << 24)
     rows = row_count(entries)
     bits = digit_bits(rows, streams, vmem)
@@ -87,7 +87,7 @@ def digit_bits(rows: int, streams: int, vmem: int) -> int:
     for bits in (16, 8, 4, 2, 1):
         if _bytes(search_scratch(rows, bits)) + (1 << 19) <= vmem:
             return bits
-    raise NotImplementedError(f"keys: a row of {rows * LANES} entries is more than {vmem} bytes of VMEM can search; shard it (sharded.py)")
+    raise NotImplementedError(f"keys: a row of {rows * LANES} entries is more than {vmem} bytes of VMEM can search; keep fewer, or read smaller chunks")
 
 
 def _search(words, k, bits):
