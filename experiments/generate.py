@@ -6,11 +6,14 @@ With --context=FILE the file's text is compressed first, before the prompt is se
 from absl import app, flags
 
 import retention
+from experiments import check_arguments
 from retention.cache import SCOPES
+from retention.generation import check_sampling
+from retention.rows import check_budget
 from retention.training import text
 
 MODEL = flags.DEFINE_string("model", "smollm2-135m", "A model's name, a .gguf file or a Hugging Face folder.")
-GATES = flags.DEFINE_string("gates", "shipped", "'shipped', a gates file, or 'none'.")
+GATES = flags.DEFINE_string("gates", "auto", "'shipped', a gates file, or 'none'; auto: those shipped with the model, if any.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of parameters, activations and cache.")
 PROMPT = flags.DEFINE_string("prompt", None, "The text to continue, or with --chat the user's turn.")
 CONTEXT = flags.DEFINE_string("context", None, "A text file to read before the prompt.")
@@ -37,14 +40,19 @@ def parse_budget(budget: str) -> int | float | None:
         raise ValueError(f"--budget must be a whole number, a fraction such as 0.125, or none, got {budget!r}") from None
 
 
-def main(_):
+def main(argv):
+    check_arguments(argv)
+    # What can be wrong is looked at before the model is loaded, which may take minutes.
     budget = parse_budget(BUDGET.value)
+    check_budget(budget, sinks=0, window=0, floor=0)
+    check_sampling(MAX_NEW_TOKENS.value, TEMPERATURE.value, TOP_P.value, SEED.value)
+    policy, context = retention.policies.get(POLICY.value), text.read(CONTEXT.value) if CONTEXT.value else ""
     model = retention.load(MODEL.value, gates=GATES.value, dtype=DTYPE.value)
     session = retention.Session(
-        model, budget, POLICY.value, SCOPE.value, PREFILL_CHUNK.value or None, SINKS.value, WINDOW.value
+        model, budget, policy, SCOPE.value, PREFILL_CHUNK.value or None, SINKS.value, WINDOW.value
     )
-    if CONTEXT.value:
-        session.append(text.read(CONTEXT.value))
+    if context:
+        session.append(context)
     for piece in session.stream(PROMPT.value, MAX_NEW_TOKENS.value, TEMPERATURE.value, TOP_P.value, SEED.value, CHAT.value):
         print(piece, end="", flush=True)
     print(f"\n[{session.stats}]")

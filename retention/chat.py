@@ -28,6 +28,6 @@ def encoder(tokenizer: Tokenizer, written: bool = False) -> Callable[..., list[i
     def encode(text: str, bos: bool = False) -> list[int]:
         open_turn = text.endswith(ASK) and not written
         parts = turns.split(text.removesuffix(ASK) if open_turn else text)
-        return tokenizer.encode("".join(marks.get(part) or tokenizer.plain(part) for part in parts) + (ask if open_turn else ""), bos=bos)
+        return tokenizer.encode("".join(marks[part] if part in marks else tokenizer.plain(part) for part in parts) + (ask if open_turn else ""), bos=bos)
 
     return encode

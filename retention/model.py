@@ -57,6 +57,13 @@ class Config:
     qkv_bias: bool = False
     qk_norm: bool = False
 
+    def __post_init__(self):
+        """Raises ValueError for kv heads that do not share the query heads evenly, and for heads that RoPE cannot halve."""
+        if self.query_heads % self.kv_heads:
+            raise ValueError(f"a model's query heads must be a multiple of its kv heads, got {self.query_heads} and {self.kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"a model's heads must have an even dimension, which RoPE halves, got {self.head_dim}")
+
     @property
     def group(self) -> int:
         """G, the query heads that share one kv head."""
@@ -248,10 +255,12 @@ class Model:
     tokenizer: Any = None
 
     def logits(self, tokens) -> jax.Array:
-        """tokens [B, T] int -> logits [B, T, V] float32 of the full cache, without gates."""
+        """tokens [B, T] int -> logits [B, T, V] float32 of the full cache, without gates. Raises ValueError for any other tokens."""
         tokens = jnp.asarray(tokens)
-        if tokens.ndim != 2 or tokens.shape[1] == 0:
-            raise ValueError(f"tokens must be [B, T] with T > 0, got shape {tokens.shape}")
+        if tokens.ndim != 2 or tokens.size == 0:
+            raise ValueError(f"tokens must be [B, T] with T > 0 and B > 0, got shape {tokens.shape}")
+        if not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens must be whole numbers, the ids of tokens, got {tokens.dtype}")
         if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:  # XLA would clamp them without a word
             raise ValueError(f"tokens must be ids from 0 to {self.config.vocab_size - 1}, got {tokens.min()} to {tokens.max()}")
         return full_logits(self.config, self.params, tokens)

@@ -128,6 +128,15 @@ def test_names_of_special_tokens_are_left_out_of_the_text():
     assert written(tokenizer, chat.encoder(tokenizer)(f"a<|python_tag|>b<|eot_id|>c{END}")) == "abc<|eot_id|>"
 
 
+def test_a_turn_may_begin_with_nothing():
+    """No opening, and nothing between an answer's end and the next question: then nothing is written there, least of all the markup."""
+    tokenizer = of_model("mistral", MISTRAL.replace("{{ bos_token }}", "").replace("[INST]", ""))
+    assert tokenizer.turn()[0] == tokenizer.between()[2] == ""
+    whole = f"{SYSTEM}{USER}Who came?{ASK}Nobody.{END}\n{USER}And then?{ASK}Ann"
+    told, prefix = messages(whole)
+    assert written(tokenizer, chat.encoder(tokenizer)(whole)) == tokenizer.chat(told) + prefix == "Who came?[/INST]Nobody.</s>And then?[/INST]Ann"
+
+
 def test_a_model_that_shows_no_turns_is_refused():
     silent = of_model("qwen3")
     silent.chat_template = None

@@ -101,6 +101,15 @@ def test_logits_are_causal(small):
     assert (np.abs(logits[0, 25:] - other[0, 25:]).max(axis=-1) > 1e-4).all(), "every later token sees the change"
 
 
+@pytest.mark.parametrize(
+    "tokens, message",
+    [(np.zeros((0, 3), int), r"\[B, T\] with T > 0 and B > 0, got shape \(0, 3\)"), ([[0.5]], "whole numbers, .*got float32")],
+)
+def test_logits_of_what_are_no_tokens(small, tokens, message):
+    with pytest.raises(ValueError, match=f"tokens must be {message}"):
+        small.logits(tokens)
+
+
 def test_positions_matter(small):
     """Two orders of the same tokens: without RoPE the last logits would be equal."""
     logits = np.asarray(small.logits(np.array([[1, 2, 3, 4, 5], [4, 2, 3, 1, 5]])))

@@ -1,5 +1,6 @@
 """Models, tokenizers and gates in and out of files. `load` is the one door."""
 
+import os
 import pathlib
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ from retention.model import Model
 SHIPPED = pathlib.Path(__file__).parent / "shipped"
 
 
-def load(name_or_path: str, gates: str | None = "auto", dtype: str = "float32", place: Callable | None = None) -> Model:
+def load(name_or_path: str | os.PathLike, gates: str | os.PathLike | None = "auto", dtype: str = "float32", place: Callable | None = None) -> Model:
     """Loads a model with its tokenizer and, if asked, its gates.
 
     Args:
@@ -34,20 +35,35 @@ def load(name_or_path: str, gates: str | None = "auto", dtype: str = "float32", 
         path = pathlib.Path(name).expanduser()
         if not path.exists():
             raise FileNotFoundError(f"no model {name!r}: give 'smollm2-135m', a .gguf file or a Hugging Face folder")
+    file = _gates_file(name, gates)  # before the weights, which may take minutes
     if path.is_dir():
         config, params = huggingface.load(path, dtype, place)
         tokenizer = Tokenizer.from_folder(path) if (path / "tokenizer.json").is_file() else None
     else:
         config, params, metadata = gguf.load(path, dtype, place)
         tokenizer = Tokenizer.from_gguf(metadata)
+    if tokenizer and tokenizer.largest_id >= config.vocab_size:  # XLA would clamp the ids without a word
+        raise ValueError(
+            f"the tokenizer of {path} has token ids up to {tokenizer.largest_id}, but the model's embedding only {config.vocab_size} rows:"
+            " put the tokenizer that belongs to the model beside it"
+        )
+    return Model(config, params, None if file is None else gates_file.load(file, config), tokenizer)
+
+
+def _gates_file(name: str, gates: str | os.PathLike | None) -> pathlib.Path | None:
+    """The file of the gates that `load` is asked for. Raises as it does."""
     shipped = {file.stem: file for file in SHIPPED.glob("*.safetensors")}
-    if isinstance(gates, str) and gates.lower() == "none":
-        gates = None
+    if gates is None or (isinstance(gates, str) and gates.lower() == "none"):
+        return None
     if gates == "auto":
-        gates = "shipped" if name in shipped else None
+        return shipped.get(name)
     if gates == "shipped":
         if name not in shipped:
             raise ValueError(f"gates='shipped' exist for: {', '.join(sorted(shipped))}; for {name!r} give the path of trained gates, or None")
-        gates = shipped[name]
-    trained = None if gates is None else gates_file.load(gates, config)
-    return Model(config, params, trained, tokenizer)
+        return shipped[name]
+    if not isinstance(gates, str | os.PathLike):
+        raise ValueError(f"gates must be 'auto', 'shipped', the path of a gates file, or None, got {gates!r}")
+    file = pathlib.Path(gates).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no gates file {file}")
+    return file

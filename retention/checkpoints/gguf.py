@@ -10,6 +10,7 @@ import numpy as np
 
 from retention.checkpoints.stacking import stack
 from retention.model import Config, RopeScaling, rope_frequencies
+from retention.names import is_positive, is_whole
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
@@ -52,7 +53,8 @@ def load(path: str | pathlib.Path, dtype: Any = "float32", place: Callable | Non
     Raises:
       FileNotFoundError: no such file.
       ValueError: not a GGUF file, truncated or corrupt, or a metadata key or tensor is missing or of another shape than the rest implies.
-      NotImplementedError: an architecture, position encoding, tensor type or file layout that is not supported.
+      NotImplementedError: an architecture, position encoding, tensor type or file layout that is not supported, or a bias or norm that the
+        architecture has not.
     """
     path = pathlib.Path(path)
     reader = _open(path)
@@ -61,10 +63,6 @@ def load(path: str | pathlib.Path, dtype: Any = "float32", place: Callable | Non
     if metadata.get("split.count", 1) > 1:
         raise NotImplementedError(f"{path} is one part of a split GGUF: merge the parts first (llama-gguf-split --merge)")
     config = _config(metadata, tensors, path)
-    biases = ("q_bias", "k_bias", "v_bias") if config.qkv_bias else ()
-    asked = {NAMES["layers"][name].format(layer) for name in biases for layer in range(config.layers)}
-    if unread := sorted(name for name in tensors if name.endswith(".bias") and name not in asked):
-        raise NotImplementedError(f"{path} has biases that a {metadata['general.architecture']} model here has not, such as {unread[0]}")
     # Llama's converter reorders the rows of q and k for interleaved rotary embeddings; Qwen's does not.
     interleaved = metadata["general.architecture"] == "llama"
 
@@ -122,17 +120,27 @@ def _config(metadata: dict[str, Any], tensors: dict[str, gguf.ReaderTensor], pat
             raise NotImplementedError(f"{path} has another {architecture}.{key} in each layer, which is not supported")
         return found
 
+    def whole(key: str, default: Any = None) -> int:
+        if not is_whole(found := value(key, default), 1):
+            raise ValueError(f"{path} has {architecture}.{key} = {found!r}, which must be a whole number of at least 1")
+        return found
+
+    def positive(key: str, default: Any = None) -> float:
+        if not is_positive(found := value(key, default)):
+            raise ValueError(f"{path} has {architecture}.{key} = {found!r}, which must be a number above 0")
+        return found
+
     if value("expert_count", 0):
         raise NotImplementedError(f"{path} holds a mixture of experts, which is not supported")
     if NAMES["embed"] not in tensors:
         raise ValueError(f"{path} has no tensor {NAMES['embed']}, which a model of its configuration needs")
-    query_heads = value("attention.head_count")
-    embed_dim = value("embedding_length")
-    head_dim = value("attention.key_length", embed_dim // query_heads)
+    query_heads = whole("attention.head_count")
+    embed_dim = whole("embedding_length")
+    head_dim = whole("attention.key_length", embed_dim // query_heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if value(key, head_dim) != head_dim:
             raise NotImplementedError(f"{path} has {architecture}.{key} = {value(key)}; only {head_dim}, the head dimension, is supported")
-    max_positions = value("context_length")
+    max_positions = whole("context_length")
     scaling = _rope_scaling(metadata, architecture, max_positions, path)
     if scaling and scaling.kind == "yarn":
         # Qwen's model cards add YaRN and leave the context length at the first training length.
@@ -140,21 +148,23 @@ def _config(metadata: dict[str, Any], tensors: dict[str, gguf.ReaderTensor], pat
     config = Config(
         # The tokens' list may be shorter than the table (padding), and vocab_size is an optional key: the table itself decides.
         vocab_size=int(tensors[NAMES["embed"]].shape[-1]),
-        layers=value("block_count"),
+        layers=whole("block_count"),
         embed_dim=embed_dim,
-        mlp_dim=value("feed_forward_length"),
+        mlp_dim=whole("feed_forward_length"),
         query_heads=query_heads,
-        kv_heads=value("attention.head_count_kv", query_heads),
+        kv_heads=whole("attention.head_count_kv", query_heads),
         head_dim=head_dim,
         max_positions=max_positions,
-        rope_theta=value("rope.freq_base", 10_000.0),
+        rope_theta=positive("rope.freq_base", 10_000.0),
         rope_scaling=scaling,
-        norm_eps=value("attention.layer_norm_rms_epsilon"),
+        norm_eps=positive("attention.layer_norm_rms_epsilon"),
         tie_embeddings=NAMES["head"] not in tensors,
         qkv_bias=architecture == "qwen2",
         qk_norm=architecture == "qwen3",
     )
     if "rope_freqs.weight" in tensors:
+        if scaling:
+            raise NotImplementedError(f"{path} has both {architecture}.rope.scaling of type {scaling.kind!r} and a rope_freqs.weight, which is not supported")
         return _llama3_scaling(config, tensors["rope_freqs.weight"].data, path)
     return config
 
@@ -162,16 +172,21 @@ def _config(metadata: dict[str, Any], tensors: dict[str, gguf.ReaderTensor], pat
 def _rope_scaling(metadata: dict[str, Any], architecture: str, max_positions: int, path: pathlib.Path) -> RopeScaling | None:
     prefix = f"{architecture}.rope.scaling."
     found = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    kind = found.pop("type", "none")
+    # As llama.cpp reads them: the old key's factor where there is no newer one, and linear where no type is given.
+    old = metadata.get(f"{architecture}.rope.scale_linear")
+    typed = "type" in found
+    kind, factor = found.pop("type", "linear"), found.pop("factor", old)
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
         raise NotImplementedError(f"{path} uses {prefix}type = {kind!r}; supported are linear and yarn")
     found.pop("finetuned", None)
-    try:
-        factor = found.pop("factor")
-    except KeyError as error:
-        raise ValueError(f"{path} has no metadata key {prefix}factor") from error
+    if factor is None and not typed and found.keys() <= {"original_context_length"}:
+        return None
+    if factor is None:
+        raise ValueError(f"{path} has no metadata key {prefix}factor")
+    if not is_positive(factor):
+        raise ValueError(f"{path} has {prefix}factor = {factor!r}, which must be a number above 0")
     scaling = RopeScaling(
         kind=kind,
         factor=factor,

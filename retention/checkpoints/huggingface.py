@@ -12,6 +12,7 @@ import numpy as np
 
 from retention.checkpoints.stacking import stack
 from retention.model import Config, RopeScaling
+from retention.names import is_positive, is_whole
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
 
@@ -53,8 +54,9 @@ def load(folder: str | pathlib.Path, dtype: Any = "float32", place: Callable | N
 
     Raises:
       FileNotFoundError: no such folder, or no config.json, weights file or shard in it.
-      ValueError: a file is truncated or corrupt, a config.json entry or tensor is missing or of another shape than the rest implies.
-      NotImplementedError: a model, rope scaling or option that is not supported.
+      ValueError: a file is truncated or corrupt, a config.json entry is missing, of another kind or at odds with another, or a tensor is missing
+        or of another shape than the rest implies.
+      NotImplementedError: a model, rope scaling or option that is not supported, or a bias or norm that the model has not.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
@@ -68,6 +70,10 @@ def load(folder: str | pathlib.Path, dtype: Any = "float32", place: Callable | N
         tensor = tensors[name]
         return np.memmap(tensor.file, tensor.dtype, "r", tensor.offset, tensor.shape)
 
+    # Fine-tuned models may call an embedding tied that is not so any more; transformers too takes the head that the file holds.
+    embed, head = NAMES["embed"], NAMES["head"]
+    if config.tie_embeddings and {embed, head} <= tensors.keys() and not np.array_equal(read(embed), read(head)):
+        config = dataclasses.replace(config, tie_embeddings=False)
     return config, stack(config, dtype, NAMES, {name: tensor.shape for name, tensor in tensors.items()}, read, str(folder), place)
 
 
@@ -140,6 +146,16 @@ def _config(entries: dict[str, Any], path: pathlib.Path) -> Config:
     def refuse(what: str) -> None:
         raise NotImplementedError(f"{path} asks for {what}, which is not supported")
 
+    def whole(key: str, default: Any = None) -> int:
+        if not is_whole(found := value(key, default), 1):
+            raise ValueError(f"{path} has {key} = {found!r}, which must be a whole number of at least 1")
+        return found
+
+    def positive(key: str, default: Any = None) -> float:
+        if not is_positive(found := value(key, default)):
+            raise ValueError(f"{path} has {key} = {found!r}, which must be a number above 0")
+        return float(found)
+
     model_type = value("model_type")
     if model_type not in MODEL_TYPES:
         raise NotImplementedError(f"{path} is of model_type {model_type!r}; supported are {', '.join(MODEL_TYPES)}")
@@ -151,40 +167,47 @@ def _config(entries: dict[str, Any], path: pathlib.Path) -> Config:
         refuse("sliding_attention layers")
     if value("hidden_act", "silu") != "silu":
         refuse(f"hidden_act {entries['hidden_act']!r}")
-    max_positions = value("max_position_embeddings")
+    max_positions = whole("max_position_embeddings")
     # transformers 5 keeps theta and scaling together in rope_parameters; 4 has rope_theta and, where there is any, rope_scaling.
-    rope = {"rope_theta": value("rope_theta", 10_000.0)} | (entries.get("rope_parameters") or entries.get("rope_scaling") or {})
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if value("partial_rotary_factor", 1.0) != 1.0:
         refuse("a partial_rotary_factor")
-    scaling = _rope_scaling(rope, max_positions, path)
+    theta, scaling, given = positive("rope_theta", 10_000.0), None, [key for key in ("rope_parameters", "rope_scaling") if entries.get(key)]
+    for key in given:
+        before, (theta, scaling) = (theta, scaling), _rope(key, entries[key], theta, max_positions, path)
+    if len(given) > 1 and before != (theta, scaling):
+        raise ValueError(f"{path} has a rope_scaling that differs from its rope_parameters, which hold the scaling too: take one of the two out")
     if scaling and scaling.kind == "yarn":
         # Qwen's model cards add YaRN and leave max_position_embeddings at the first training length.
         max_positions = max(max_positions, int(scaling.factor * scaling.original_max_positions))
-    query_heads = value("num_attention_heads")
+    query_heads = whole("num_attention_heads")
     return Config(
-        vocab_size=value("vocab_size"),
-        layers=value("num_hidden_layers"),
-        embed_dim=value("hidden_size"),
-        mlp_dim=value("intermediate_size"),
+        vocab_size=whole("vocab_size"),
+        layers=whole("num_hidden_layers"),
+        embed_dim=whole("hidden_size"),
+        mlp_dim=whole("intermediate_size"),
         query_heads=query_heads,
-        kv_heads=value("num_key_value_heads", query_heads),
-        head_dim=value("head_dim", value("hidden_size") // query_heads),
+        kv_heads=whole("num_key_value_heads", query_heads),
+        head_dim=whole("head_dim", whole("hidden_size") // query_heads),
         max_positions=max_positions,
-        rope_theta=float(rope["rope_theta"]),
+        rope_theta=theta,
         rope_scaling=scaling,
-        norm_eps=value("rms_norm_eps", 1e-6),
+        norm_eps=positive("rms_norm_eps", 1e-6),
         tie_embeddings=value("tie_word_embeddings", False),
         qkv_bias=model_type == "qwen2",
         qk_norm=model_type == "qwen3",
     )
 
 
-def _rope_scaling(rope: dict[str, Any], max_positions: int, path: pathlib.Path) -> RopeScaling | None:
+def _rope(entry: str, rope: Any, theta: float, max_positions: int, path: pathlib.Path) -> tuple[float, RopeScaling | None]:
+    """RoPE's theta, `theta` where `rope` has none, and the scaling that this entry of config.json asks for."""
+    if not isinstance(rope, dict):
+        raise ValueError(f'{path} has {entry} = {rope!r}, which must be an object such as {{"rope_type": "linear", "factor": 2.0}}')
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise NotImplementedError(f"{path} asks for a partial_rotary_factor, which is not supported")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
     taken = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "original_max_position_embeddings"}
     fields = {
+        "default": (),
         "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
         "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow"),
@@ -192,12 +215,18 @@ def _rope_scaling(rope: dict[str, Any], max_positions: int, path: pathlib.Path) 
     if kind not in fields:
         raise NotImplementedError(f"{path} uses rope scaling of type {kind!r}; supported are {', '.join(fields)}")
     given = {key: value for key, value in rope.items() if key not in taken and value is not None}
-    if "factor" not in given:
-        raise ValueError(f"{path} gives no factor for its rope scaling of type {kind!r}")
     for key in given:
         if key not in fields[kind]:
             raise NotImplementedError(f"{path} sets {key!r} for rope scaling of type {kind!r}, which is not supported")
-    return RopeScaling(kind=kind, original_max_positions=rope.get("original_max_position_embeddings") or max_positions, **given)
+    theta, original = rope.get("rope_theta", theta), rope.get("original_max_position_embeddings") or max_positions
+    for key, value in {**given, "rope_theta": theta, "original_max_position_embeddings": original}.items():
+        if not is_positive(value):
+            raise ValueError(f"{path} has {key} = {value!r} in its {entry}, which must be a number above 0")
+    if kind == "default":
+        return float(theta), None
+    if "factor" not in given:
+        raise ValueError(f"{path} gives no factor for its rope scaling of type {kind!r}")
+    return float(theta), RopeScaling(kind=kind, original_max_positions=original, **given)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def stack(
 
     Raises:
       ValueError: another dtype, a tensor that is missing, or one whose shape is not the one that config implies.
+      NotImplementedError: a bias or norm in the checkpoint that `config` has no parameter for.
     """
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float32, jnp.bfloat16):
@@ -81,6 +82,10 @@ def stack(
     for _, key, shape, in_file in jobs:
         for name in in_file:
             check(name, shape if key == "embed" else shape[::-1])
+    # Without them the model would be another. What no parameter takes besides changes nothing: tables of rotary angles, the head of a tied embedding.
+    asked = {name for *_, in_file in jobs for name in in_file}
+    if unread := sorted(name for name in shapes if name.endswith((".bias", "norm.weight")) and name not in asked):
+        raise NotImplementedError(f"{source} has biases or norms that a model of its configuration has not, such as {unread[0]}")
     places = {key: place(config, key) for _, key, _, _ in jobs} if place else {}
 
     params: dict[str, Any] = {"layers": {}}

@@ -48,6 +48,7 @@ class Tokenizer:
 
     Attributes:
       vocab_size: the number of tokens, special ones included. A model's embedding table may have more rows (padding).
+      largest_id: the largest id of a token, for which the table must have a row.
       eos_ids: the ids that end a text or a turn.
       date: the day that `chat` tells templates which ask for it; None: today.
       chat_template: in Jinja, or None.
@@ -67,6 +68,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self.date: datetime.datetime | None = None
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        self.largest_id: int = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         added = tokenizer.get_added_tokens_decoder()
         special = sorted((token.content for token in added.values() if token.special), key=len, reverse=True)
         self._special_names = re.compile("|".join(map(re.escape, special))) if special else None
@@ -114,9 +116,7 @@ class Tokenizer:
         bos_token = token_of("bos_token_id")
         # Llama 3 files may leave the flag out; their models were trained with the token.
         if bos_token and metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
-            tokenizer.post_processor = processors.TemplateProcessing(
-                single=f"{bos_token} $A", special_tokens=[(bos_token, vocabulary[bos_token])]
-            )
+            tokenizer.post_processor = _begin_with(bos_token, vocabulary[bos_token])
         eos_ids = [metadata[f"tokenizer.ggml.{key}"] for key in ("eos_token_id", "eot_token_id") if f"tokenizer.ggml.{key}" in metadata]
         return cls(tokenizer, eos_ids, bos_token, token_of("eos_token_id"), metadata.get("tokenizer.chat_template"))
 
@@ -127,7 +127,8 @@ class Tokenizer:
 
         Raises:
           FileNotFoundError: no tokenizer.json.
-          ValueError: a file that is not what its name says.
+          ValueError: a file that is not what its name says, or an add_bos_token without a bos_token that is one of the tokens.
+          NotImplementedError: an add_bos_token beside a tokenizer.json that adds other tokens.
         """
         folder = pathlib.Path(path)
         file = folder / "tokenizer.json"
@@ -149,6 +150,15 @@ class Tokenizer:
             entry = config.get(key) or ""
             return entry["content"] if isinstance(entry, dict) else entry
 
+        # What tokenizer.json adds stays; some files leave the token that begins a text to this flag alone (DeepSeek-R1's distilled models).
+        if config.get("add_bos_token"):
+            bos_id, added = tokenizer.token_to_id(token("bos_token")), tokenizer.encode("").ids
+            if bos_id is None:
+                raise ValueError(f"{folder}/tokenizer_config.json has add_bos_token, but its bos_token {token('bos_token')!r} is no token of tokenizer.json")
+            if added and bos_id not in added:
+                raise NotImplementedError(f"{folder}/tokenizer_config.json has add_bos_token where tokenizer.json adds other tokens, which is not supported")
+            if not added:
+                tokenizer.post_processor = _begin_with(token("bos_token"), bos_id)
         eos_ids: list[int] = []
         for name in ("generation_config.json", "config.json"):
             entry = optional(name).get("eos_token_id")
@@ -235,6 +245,11 @@ class Tokenizer:
     def plain(self, text: str) -> str:
         """The text without the names of special tokens, which `encode` would take for these tokens."""
         return self._special_names.sub("", text) if self._special_names else text
+
+
+def _begin_with(token: str, token_id: int) -> processors.PostProcessor:
+    """What puts this token before a text."""
+    return processors.TemplateProcessing(single=f"{token} $A", special_tokens=[(token, token_id)])
 
 
 class StreamDecoder:

@@ -55,8 +55,11 @@ def mask(kept: Sequence[Sequence[np.ndarray]], tokens: int) -> np.ndarray:
 
 
 def kinds(pieces: Sequence[str]) -> list[str]:
-    """Which of KINDS each token is, from its text, "" for those of the chat template."""
-    out = []
+    """Which of KINDS each token is, from its text, "" for those of the chat template.
+
+    A word starts with the space before it, and where none can be: at a line's start, a text's, and behind a token of the template.
+    """
+    out, before = [], ""
     for t, piece in enumerate(pieces):
         bare = piece.strip()
         if t < SINKS:
@@ -71,11 +74,12 @@ def kinds(pieces: Sequence[str]) -> list[str]:
             kind = "digits"
         elif not any(letter.isalnum() for letter in bare):
             kind = "punctuation"
-        elif piece[0] == " ":
+        elif piece[0].isspace() or not before or before.endswith("\n"):
             kind = "name" if bare[0].isupper() else "word's start"
         else:
             kind = "word's rest"
         out.append(kind)
+        before = piece
     return out
 
 

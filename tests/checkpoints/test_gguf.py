@@ -182,9 +182,10 @@ def llama3_divisors(factor, low=1.0, high=4.0, theta=5000.0, dim=16):
 
 
 def test_rope_scaling(tmp_path):
-    def scaling(entries, tensors=()):
+    def scaling(entries, tensors=(), old=None):
         source = Checkpoint("llama")
         source.metadata |= {f"rope.scaling.{key}": value for key, value in entries.items()}
+        source.metadata |= {} if old is None else {"rope.scale_linear": old}
         source.tensors |= dict(tensors)
         return loader.load(source.write(tmp_path / "model.gguf"), "float32")[0]
 
@@ -197,6 +198,18 @@ def test_rope_scaling(tmp_path):
     assert len(set(divisors)) > 2  # the blended part is there too
     assert scaling({}, {"rope_freqs.weight": divisors}.items()).rope_scaling == RopeScaling("llama3", 8.0, 8192)
 
+    # llama.cpp's defaults: linear where no type is given, the factor under its old name where there is no new one.
+    assert scaling({"factor": 4.0}).rope_scaling == RopeScaling("linear", 4.0, 128)
+    assert scaling({}, old=4.0).rope_scaling == scaling({"type": "linear"}, old=4.0).rope_scaling == RopeScaling("linear", 4.0, 128)
+    assert scaling({"factor": 2.0}, old=4.0).rope_scaling == RopeScaling("linear", 2.0, 128)
+    assert scaling({"type": "none", "factor": 4.0}).rope_scaling is None
+    assert scaling({"original_context_length": 100}).rope_scaling is None
+
+    for entries in ({"type": "yarn", "factor": 4.0}, {"factor": 4.0}):
+        with pytest.raises(NotImplementedError, match="model.gguf has both llama.rope.scaling of type '(yarn|linear)' and a rope_freqs.weight"):
+            scaling(entries, {"rope_freqs.weight": divisors}.items())
+    with pytest.raises(ValueError, match="rope.scaling.factor = -4.0, which must be a number above 0"):
+        scaling({"factor": -4.0})
     with pytest.raises(NotImplementedError, match="model.gguf.*rope_freqs.weight"):
         scaling({}, {"rope_freqs.weight": llama3_divisors(8.0, high=8.0)}.items())
     with pytest.raises(NotImplementedError, match="longrope.*linear and yarn"):
@@ -256,9 +269,18 @@ def changed(metadata=(), tensors=(), drop=(), architecture="qwen3"):
         (
             changed(tensors={"blk.1.attn_k.bias": np.zeros(32, np.float32)}, architecture="llama"),
             NotImplementedError,
-            "biases that a llama model here has not, such as blk.1.attn_k.bias",
+            "biases or norms that a model of its configuration has not, such as blk.1.attn_k.bias",
         ),
         (changed(tensors={"blk.0.ffn_up.bias": np.zeros(96, np.float32)}, architecture="qwen2"), NotImplementedError, "such as blk.0.ffn_up.bias"),
+        (
+            changed(tensors={"blk.1.attn_q_norm.weight": np.ones(16, np.float32)}, architecture="llama"),
+            NotImplementedError,
+            "biases or norms .*such as blk.1.attn_q_norm.weight",
+        ),
+        (changed({"block_count": 1}), NotImplementedError, "such as blk.1.attn_k_norm.weight"),
+        (changed({"attention.head_count": 0}), ValueError, "qwen3.attention.head_count = 0, which must be a whole number of at least 1"),
+        (changed({"context_length": 128.0}), ValueError, "qwen3.context_length = 128.0, which must be a whole number"),
+        (changed({"rope.freq_base": 0.0}), ValueError, "qwen3.rope.freq_base = 0.0, which must be a number above 0"),
         (changed({"feed_forward_length": 128}), ValueError, r"ffn_gate.weight.*has shape \[96, 64\].*\[128, 64\]"),
     ],
 )

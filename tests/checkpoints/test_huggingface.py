@@ -210,6 +210,49 @@ def test_rope_scaling_of_transformers_4_and_5(tmp_path, kind, rope, wanted, max_
         assert (found.rope_theta, found.rope_scaling, found.max_positions) == (5000.0, wanted, max_positions)
 
 
+def test_rope_scaling_beside_rope_parameters(tmp_path):
+    """Nothing is ignored: the two may stand together if they say the same."""
+    yarn, parameters = {"type": "yarn"} | YARN, {"rope_theta": 7000.0, "rope_type": "yarn"} | YARN
+    found, _ = load(write(tmp_path, entries() | {"rope_parameters": parameters, "rope_scaling": yarn}, weights()))
+    assert (found.rope_theta, found.rope_scaling) == (7000.0, RopeScaling("yarn", 4.0, 100))
+    for other in ({"rope_theta": 7000.0, "rope_type": "default"}, parameters | {"factor": 2.0}, parameters):
+        differs = yarn | ({"rope_theta": 5000.0} if other is parameters else {})
+        with pytest.raises(ValueError, match="config.json has a rope_scaling that differs from its rope_parameters.*take one of the two out"):
+            load(write(tmp_path, entries() | {"rope_parameters": other, "rope_scaling": differs}, weights()))
+
+
+def test_a_head_that_only_the_configuration_calls_tied(tmp_path):
+    """A file's own head is used; one that is the embedding once more is not kept twice."""
+    tensors = weights(tied=False)
+    config, params = load(write(tmp_path, entries(tied=True), tensors))
+    assert not config.tie_embeddings
+    assert_same(params, expected(tensors))
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    config, params = load(write(tmp_path, entries(tied=True), tensors))
+    assert config.tie_embeddings and "head" not in params
+
+
+@pytest.mark.parametrize("name", ["0.self_attn.q_proj.bias", "1.self_attn.q_norm.weight", "1.self_attn.k_norm.weight", "2.input_layernorm.weight"])
+def test_parameters_that_the_model_has_not(tmp_path, name):
+    with pytest.raises(NotImplementedError, match=f"has biases or norms that a model of its configuration has not, such as model.layers.{name}"):
+        load(write(tmp_path, entries(), weights() | {f"model.layers.{name}": np.ones(8, np.float32)}))
+
+
+def test_tables_that_transformers_once_saved_change_nothing(tmp_path):
+    tensors = weights()
+    old = tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    assert_same(load(write(tmp_path, entries(), old))[1], expected(tensors))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"num_key_value_heads": 3}, "query heads must be a multiple of its kv heads, got 4 and 3"), ({"head_dim": 7}, "even dimension.*got 7")],
+)
+def test_heads_that_do_not_fit(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        load(write(tmp_path, entries() | change, weights()))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -222,11 +265,22 @@ def test_rope_scaling_of_transformers_4_and_5(tmp_path, kind, rope, wanted, max_
         ({"hidden_act": "gelu"}, NotImplementedError, "hidden_act 'gelu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, NotImplementedError, "quantization_config"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, NotImplementedError, "partial_rotary_factor"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, NotImplementedError, "'dynamic'; supported are linear, llama3, yarn"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, NotImplementedError, "'dynamic'; supported are default, linear, llama3, yarn"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, NotImplementedError, "'longrope'"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7}}, NotImplementedError, "'mscale'"),
         ({"rope_scaling": {"type": "linear"}}, ValueError, "no factor"),
         ({"hidden_size": None}, ValueError, "has no hidden_size"),
+        ({"partial_rotary_factor": 0.5}, NotImplementedError, "partial_rotary_factor"),
+        ({"rope_scaling": {"factor": 2.0}}, NotImplementedError, "'factor' for rope scaling of type 'default'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4.0}}}, NotImplementedError, "'full_attention'"),
+        ({"rope_scaling": "yarn"}, ValueError, "rope_scaling = 'yarn', which must be an object such as"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, ValueError, "factor = '2' in its rope_scaling, which must be a number above 0"),
+        ({"rope_parameters": {"rope_theta": -1}}, ValueError, "rope_theta = -1 in its rope_parameters"),
+        ({"rope_theta": "5000"}, ValueError, "rope_theta = '5000', which must be a number above 0"),
+        ({"rms_norm_eps": True}, ValueError, "rms_norm_eps = True, which must be a number above 0"),
+        ({"max_position_embeddings": "4096"}, ValueError, "max_position_embeddings = '4096', which must be a whole number of at least 1"),
+        ({"num_attention_heads": 0}, ValueError, "num_attention_heads = 0, which must be a whole number of at least 1"),
+        ({"num_hidden_layers": 2.0}, ValueError, "num_hidden_layers = 2.0, which must be a whole number"),
     ],
 )
 def test_configurations_refused(tmp_path, change, error, message):

@@ -240,6 +240,36 @@ def test_folder_eos_and_templates(folder):
     assert Tokenizer.from_folder(folder).chat(MESSAGES) == "from a file"
 
 
+def test_folder_and_gguf_begin_texts_alike(folder):
+    """DeepSeek-R1's distilled models have the token that begins a text in the flag alone."""
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    write = (folder / "tokenizer_config.json").write_text
+    write(json.dumps(config | {"add_bos_token": True}))
+    flagged, wanted = Tokenizer.from_folder(folder), Tokenizer.from_gguf(metadata(add_bos_token=True))
+    for text in [*TEXTS, flagged.chat(MESSAGES)]:
+        assert flagged.encode(text) == wanted.encode(text) and flagged.encode(text, bos=False) == SMALL.encode(text)
+    assert flagged.encode("") == [1]
+    # What tokenizer.json adds itself stays, whatever the flag.
+    wanted._tokenizer.save(str(folder / "tokenizer.json"))
+    for flag in (True, False):
+        write(json.dumps(config | {"add_bos_token": flag}))
+        assert Tokenizer.from_folder(folder).encode("hi") == wanted.encode("hi")
+
+
+def test_folder_whose_beginning_cannot_be_added(folder):
+    write = (folder / "tokenizer_config.json").write_text
+    for token in (None, "<s>"):
+        write(json.dumps({"add_bos_token": True, "bos_token": token}))
+        with pytest.raises(ValueError, match="has add_bos_token, but its bos_token '(<s>)?' is no token of tokenizer.json"):
+            Tokenizer.from_folder(folder)
+    other = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    other.post_processor = tokenizers.processors.TemplateProcessing(single="$A <|im_end|>", special_tokens=[("<|im_end|>", 2)])
+    other.save(str(folder / "tokenizer.json"))
+    write(json.dumps({"add_bos_token": True, "bos_token": "<|im_start|>"}))
+    with pytest.raises(NotImplementedError, match="add_bos_token where tokenizer.json adds other tokens"):
+        Tokenizer.from_folder(folder)
+
+
 def test_folder_refused(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="no tokenizer.json in .*absent"):
         Tokenizer.from_folder(tmp_path / "absent")

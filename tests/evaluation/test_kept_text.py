@@ -18,8 +18,16 @@ def test_kinds_of_tokens(monkeypatch):
     monkeypatch.setattr(kept_text, "NEWEST", 1)
     assert kept_text.kinds(PIECES) == [
         "first", "first", "first", "first", "word's start", "name", "name", "word's rest", "punctuation", "digits", "digits", "punctuation", "line break",
-        "word's rest", "template", "newest",
+        "word's start", "template", "newest",
     ]  # fmt: skip
+
+
+def test_a_word_may_start_without_a_space(monkeypatch):
+    monkeypatch.setattr(kept_text, "NEWEST", 0)
+    monkeypatch.setattr(kept_text, "SINKS", 0)
+    found = kept_text.kinds(["The", "y", "\n", "Mary", "ann", "\n\n", "went", " on", "ly", ",\n", "\tso", "", "user"])
+    assert [found[t] for t in (0, 3, 6, 7, 10, 12)] == ["name", "name", "word's start", "word's start", "word's start", "word's start"]
+    assert found[1] == found[4] == found[8] == "word's rest"
 
 
 def test_shares_by_kind(monkeypatch):

@@ -1,0 +1,61 @@
+"""The programs that a user starts on a model of their own: what they refuse, and that it is found before the model is loaded."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.tiny import write_folder
+
+QUICKLY = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base model: no chat template, and no gates."""
+    folder = write_folder(tmp_path_factory.mktemp("model"))
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "text.txt").write_text("Agatha paid $48 for the boat. " * 20)
+    return folder
+
+
+def run(program, *arguments):
+    return subprocess.run([sys.executable, "-m", f"experiments.{program}", *arguments], capture_output=True, text=True, env=QUICKLY)
+
+
+def test_generate_takes_a_model_without_gates(folder):
+    done = run("generate", f"--model={folder}", "--prompt=Who came?", "--policy=window", "--budget=8", "--window=2", "--sinks=1", "--max_new_tokens=2")
+    assert done.returncode == 0, done.stderr
+    assert "kept_entries=" in done.stdout
+
+
+def test_kept_reads_a_text_as_it_is_where_there_is_no_template(folder, tmp_path):
+    done = run("kept", f"--model={folder}", "--policy=window", "--budget=0.3", f"--context={folder}/text.txt", f"--workdir={tmp_path}/run")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "kept.html").read_text().count("&loz;") == 0, "no tokens of a template"
+
+
+def test_kept_says_that_it_needs_a_tokenizer(folder, tmp_path):
+    (folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    try:
+        failed = run("kept", f"--model={folder}", "--policy=window", f"--context={folder}/text.txt", f"--workdir={tmp_path}/run")
+    finally:
+        (tmp_path / "tokenizer.json").rename(folder / "tokenizer.json")
+    assert failed.returncode != 0 and "ValueError: the model has no tokenizer, so it takes no text" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["generate", "--prompt=a", "--context=absent.txt"], "No such file or directory: 'absent.txt'"),
+        (["generate", "--prompt=a", "--policy=windw"], "unknown policy 'windw': did you mean window?"),
+        (["generate", "--prompt=a", "--budget=0"], "budget must be at least 1 token per stream"),
+        (["kept", "--workdir={}/run", "--context=absent.txt"], "No such file or directory: 'absent.txt'"),
+        (["kept", "--workdir={}/run", "--policy=windw"], "unknown policy 'windw': did you mean window?"),
+        (["kept", "--workdir={}/run", "--budget=0"], "a fractional budget must be in (0, 1]"),
+    ],
+)
+def test_mistakes_are_found_before_a_model_is_looked_for(tmp_path, arguments, message):
+    failed = run(*(one.format(tmp_path) for one in arguments), f"--model={tmp_path}/absent")
+    assert failed.returncode != 0 and message in failed.stderr and not (tmp_path / "run").exists()
