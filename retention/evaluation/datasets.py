@@ -10,6 +10,7 @@ The wording around a record is ours, without examples, and the question stands b
 LongProc's travel_planning is not read.
 """
 
+import csv
 import functools
 import json
 import re
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from retention.evaluation import longproc
 from retention.names import check_name
 
 
@@ -170,8 +172,11 @@ def _html_to_tsv(record: _Record) -> Problem:
     except (OSError, UnicodeDecodeError) as error:
         raise record.wrong(f"the web page {page} of column 'html_path' cannot be read ({error})") from None
     table, rule = record.text("gt"), record.get("filtering_instruction", str).strip()
-    if "\n" not in table.strip():
-        raise record.wrong("column 'gt' has no rows below its header")
+    try:
+        if not longproc.rows(table):
+            raise record.wrong("column 'gt' has no row of as many cells as its header")
+    except csv.Error as error:
+        raise record.wrong(f"column 'gt' is no table of tab-separated values ({error})") from None
     question = (
         f"Collect from this web page, on the subject {record.text('task_topic')}: {record.text('task_description')}. {rule}\n"
         f"Write a table of tab-separated values, one row a line and all of them, N/A for what is missing, between ```tsv and ```. Its header is:\n"
@@ -211,7 +216,10 @@ def _tom_tracking(record: _Record) -> Problem:
         "- Step 1: (NAME location changed; OBJECT location unchanged) {NAME location: ROOM; OBJECT location: PLACE; NAME sees OBJECT: False; "
         "NAME's belief on OBJECT: PLACE}\n...\nFinal Answer: PLACE"
     )
-    return Problem(record.text("story"), question, (record.text("solution"),))
+    solution = record.text("solution")
+    if not longproc.steps(solution):
+        raise record.wrong("column 'solution' has no line that begins with '- Step' and a number")
+    return Problem(record.text("story"), question, (solution,))
 
 
 # LongBench. Its few-shot sets need no instruction: their contexts are examples in the form of the question.

@@ -1,7 +1,8 @@
 """LongProc's tasks (Ye et al. 2025, arXiv 2501.05414): whether a long generated procedure is right, by the rules of the authors' release.
 
-Each task asks for a format, and what is not in it scores 0. Where a tag stands several times, its last closed pair counts, so that a model may think
-aloud before it answers.
+Each task asks for a format, and what is not in it scores 0. Where a tag such as <Route> stands several times, its last closed pair counts, so that a model
+may think aloud before it answers. Tables and programs in ``` are read as the release reads them, from the first opening to the last closing fence: one in
+a model's draft, or behind the answer, becomes part of what is scored.
 """
 
 import csv
@@ -54,7 +55,7 @@ def tom_tracking(generated: str, trace: str) -> dict[str, float]:
 
     Case, punctuation, articles and such words as "on" or "location" do not count.
     """
-    return _lines(_steps(generated[max(generated.rfind("- Step 0:"), 0) :]), _steps(trace))
+    return _lines(steps(generated[max(generated.rfind("- Step 0:"), 0) :]), steps(trace))
 
 
 def _lines(given: list, wanted: list) -> dict[str, float]:
@@ -64,26 +65,28 @@ def _lines(given: list, wanted: list) -> dict[str, float]:
     return {"accuracy": float(given == wanted), "partial_accuracy": same / len(wanted)}
 
 
-def _steps(trace: str) -> list[list[str]]:
+def steps(trace: str) -> list[list[str]]:
     """The words that count of each step."""
-    steps = []
+    found = []
     for line in trace.split("\n"):
         if re.match(r"- Step \d+:", line):
             plain = re.sub(r"[^\w\s]|_", "", line.lower())
-            steps.append([word for word in plain.split() if word not in FILLERS])
-    return steps
+            found.append([word for word in plain.split() if word not in FILLERS])
+    return found
 
 
 def html_to_tsv(generated: str, table: str) -> dict[str, float]:
     """f1, precision and recall of rows, in any order: a row counts where the other table has one with the same cells.
 
-    The table stands between ```tsv and ```, or is the whole text; its first line is the header. Case, spaces, punctuation and articles do not count.
+    The table stands between the first ```tsv and the last ```, or is the whole text; its first line is the header. Case, spaces, punctuation and articles
+    do not count.
     """
     _, fence, behind = generated.partition("```tsv")
     try:
-        given, wanted = _rows(behind.rpartition("```")[0] or behind if fence else generated), _rows(table)
-    except csv.Error:  # NUL bytes, or a quotation mark that swallows over 128 KiB
+        given = rows(behind.rpartition("```")[0] or behind if fence else generated)
+    except csv.Error:
         given = []
+    wanted = rows(table)
     if not given:
         return dict.fromkeys(("f1", "precision", "recall"), 0.0)
     precision = sum(row in wanted for row in given) / len(given)
@@ -91,12 +94,15 @@ def html_to_tsv(generated: str, table: str) -> dict[str, float]:
     return {"f1": 2 * precision * recall / (precision + recall) if precision else 0.0, "precision": precision, "recall": recall}
 
 
-def _rows(table: str) -> list[tuple[str, ...]]:
-    """The rows below the header; a last one of another length (a closing remark) is left out."""
-    header, *rows = csv.reader(table.strip().split("\n"), delimiter="\t") if table.strip() else [()]
-    if rows and len(rows[-1]) != len(header):
-        rows.pop()
-    return [tuple(_cell(cell) for cell in row) for row in rows]
+def rows(table: str) -> list[tuple[str, ...]]:
+    """The rows below the header; a last one of another length (a closing remark) is left out.
+
+    Raises csv.Error for NUL bytes, and for a quotation mark that swallows over 128 KiB.
+    """
+    header, *found = csv.reader(table.strip().split("\n"), delimiter="\t") if table.strip() else [()]
+    if found and len(found[-1]) != len(header):
+        found.pop()
+    return [tuple(_cell(cell) for cell in row) for row in found]
 
 
 def _cell(text: str) -> str:
@@ -104,7 +110,8 @@ def _cell(text: str) -> str:
 
 
 def pseudo_to_code(generated: str, tests: Sequence[Sequence[Sequence[str]]], execute: bool = False) -> dict[str, float]:
-    """accuracy: 1 where the C++ program between ```cpp and ``` compiles and prints what the first tests, (input lines, output lines), expect.
+    """accuracy: 1 where the C++ program between the first ```cpp and the last ``` compiles and prints what the first tests, (input lines, output lines),
+    expect.
 
     This runs a program that a model wrote. It gets an empty folder, no environment but PATH, and limits on time, memory and file sizes, but it is in no
     sandbox: the network and files that the user may read are open to it. Hence `execute` must be True, else ValueError.

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+from fractions import Fraction
 
 from retention.evaluation import symbolic
 
@@ -21,8 +22,8 @@ def correct(dataset: str, generated: str, answer: str) -> bool:
     if dataset not in DATASETS:
         raise ValueError(f"unknown data set {dataset!r}; those of mathematics are {', '.join(DATASETS)}")
     if dataset == "gsm8k":
-        number = symbolic.fraction(last_number(generated))
-        return number is not None and number == symbolic.fraction(last_number(answer))
+        number = last_number(generated)
+        return number is not None and number == last_number(answer)
     if dataset == "math500":
         return equivalent(boxed(generated), answer)
     given = boxed(generated).rpartition("=")[2]  # m + n = 113
@@ -30,22 +31,38 @@ def correct(dataset: str, generated: str, answer: str) -> bool:
     return number in range(1000) and number == symbolic.fraction(answer)
 
 
-def last_number(generated: str) -> str:
-    """The number that the last "####" with one right behind it marks, which a heading has not; without one, the last in the last \\boxed{...}; without
-    that, the last in the text.
+def last_number(generated: str) -> Fraction | None:
+    """The number on the line of the last "####" with one right behind it, which a heading has not; without one, that in the last \\boxed{...}; without
+    that, the last in the text. None where there is no number.
 
-    Commas of thousands, currency signs and units are left out. Empty where there is no number.
+    Commas of thousands, currency signs and units are left out. Of several numbers behind "####" the first counts, of those in a box the last, but first
+    of all what follows an equals sign.
     """
     for behind in reversed(generated.split("####")[1:]):
-        if re.match(r"(?:\\[a-z]+|[^\w#])*\d", behind):
-            return _numbers(behind)[0]
-    return (_numbers(boxed(generated)) or _numbers(generated) or [""])[-1]
+        if found := re.match(r"(?:\\[a-z]+|[^\w#])*\d", behind):
+            return _number(found[0] + behind[found.end() :].partition("\n")[0], 0)
+    number = _number(boxed(generated), -1)
+    return symbolic.fraction((_numbers(generated) or [""])[-1]) if number is None else number
+
+
+def _number(answer: str, place: int) -> Fraction | None:
+    """The number that a marked answer is, or else the one at `place` of those in it, without exponents and, where there are others, those in words."""
+    answer = answer[: symbolic.MAX_CHARS].replace("**", "")  # bold
+    for text in (re.split(r"=(?![^()]*\))", answer)[-1], answer):  # 20 - 5 = 15, but not 18 (= 3 * 6)
+        text = symbolic.clean(text)
+        if (number := symbolic.fraction(symbolic.bare(text))) is not None:
+            return number
+        text = re.sub(r"\^\s*(?:-?\d+|\{[^{}]*\})", "", text)
+        if numbers := _numbers(re.sub(symbolic.TEXT, "", text)) or _numbers(text):
+            return symbolic.fraction(numbers[place])
+    return None
 
 
 def _numbers(text: str) -> list[str]:
     text = re.sub(r"\\[!,$]|\$|(?<=\{),(?=\})", lambda match: match[0] if match[0] == "," else "", text).replace("{,}", ",")
+    text = re.sub("[−–]", "-", text)
     # A minus sign belongs to the number unless it stands behind an operand, as in 16-3.
-    found = re.findall(r"(?:(?<![\w.)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+", text)
+    found = re.findall(r"(?:(?<![\w.)])-)?(?:\\[dtc]?frac\{\d+\}\{\d+\}|\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?)|\.\d+", text)
     return [number.replace(",", "") for number in found]
 
 
@@ -72,10 +89,12 @@ def boxed(generated: str) -> str:
 def equivalent(given: str, wanted: str) -> bool:
     """Whether two answers in LaTeX or plain text say the same.
 
-    Alike are: 1/2, \\frac12, 0.5 and .5; 1\\frac{4}{5} and 9/5; 58,500 and 58500; 90^\\circ and 90; 5 \\text{ cm} and 5 (units, currency and percent
-    signs are left out); x=5 and 5; x \\in [1,2] and [1,2]; 1 \\pm 2 and 3, -1; \\text{(C)} and C; words in any case; equations of which one is a
-    multiple of the other; and what sympy finds equal, letters standing for real numbers and i for the imaginary unit. Lists with commas, sets
-    and unions are compared in any order, tuples, intervals and matrices in theirs. Decimals are exact: 0.333 is not 1/3.
+    Alike are: 1/2, \\frac12, 0.5 and .5; 1\\frac{4}{5} and 9/5; 58,500, 58 500 and 58500; 90^\\circ and 90; 5 \\text{ cm} and 5 (common units, currency
+    and percent signs are left out); x=5, a+2=5 and 5; x \\in [1,2], 1 \\le x \\le 2 and [1,2]; 1 \\pm 2 and 3, -1; \\text{(C)} and C; words in any case;
+    equations of which one is a multiple of the other; and what sympy finds equal, letters standing for real numbers and i for the imaginary unit. Lists
+    with commas, sets and unions are compared in any order, tuples, intervals and matrices in theirs. Decimals are exact: 0.333 is not 1/3.
+
+    A given answer may say more than the wanted one: what stands in front of an equals sign, or a choice's text behind its letter, (C) 5 for C.
 
     An answer that cannot be parsed, or has over symbolic.MAX_CHARS characters, equals only the same string. A comparison that takes longer than
     symbolic.CPU_SECONDS, or too much memory, counts as different. Raises ImportError where sympy is needed and missing.
@@ -85,6 +104,8 @@ def equivalent(given: str, wanted: str) -> bool:
     given, wanted = symbolic.clean(given), symbolic.clean(wanted)
     if not given or not wanted:
         return False
+    if re.fullmatch("[A-Z]", symbolic.bare(wanted)):
+        given = symbolic.choice(given)
     if symbolic.same_string(given, wanted):
         return True
     numbers = [symbolic.fraction(symbolic.bare(one)) for one in (given, wanted)]

@@ -107,11 +107,12 @@ def choice(generated: str) -> str:
 
 
 def contains(generated: str, answer: str) -> bool:
-    """Whether `generated` holds the words of `answer` in one piece, without case, punctuation and articles.
+    """Whether `generated` holds the words of `answer` in one piece, without case, punctuation (a curly apostrophe is one) and articles.
 
     This is not LongMemEval's metric, and figures of the two cannot be compared: its judge also takes paraphrases, and numbers of days off by one.
     """
-    return f" {' '.join(_words(answer))} " in f" {' '.join(_words(generated))} "
+    wanted, given = (" ".join(_words(text.replace("’", "'"))) for text in (answer, generated))
+    return f" {wanted} " in f" {given} "
 
 
 FEW_SHOT = ("trec", "triviaqa", "samsum", "lsht")  # a model may go on with examples of its own: only the first line is the answer

@@ -155,14 +155,16 @@ def samples(task: str, encode: text.Encode, texts: list[str], length: int, count
 
 
 def correct(task: str, answer: str, generated: str) -> bool:
-    """Whether `generated` holds the value `answer` as a whole word or number, whatever its case; digits may be grouped (52,817 or 52 817).
+    """Whether `generated` holds the value `answer` as a whole word or number, whatever its case; digits may be grouped (52,817 or 52 817), and an article
+    that the value begins with may be another.
 
     Raises ValueError for an unknown task.
     """
     check_name("task", task, TASKS)
     plain = " ".join(generated.lower().split())
     grouped = re.sub(r"(?<=\d)[, ](?=\d{3}(?!\d))", "", plain)
-    wanted = re.compile(rf"(?<!\w){re.escape(answer.lower())}(?!\w)")
+    value = re.sub(r"^(?:an?|the)\s+", "", answer.lower())  # she was given "the ruby pendant": it had been mentioned before
+    wanted = re.compile(rf"(?<!\w){re.escape(value)}(?!\w)")
     return bool(wanted.search(plain) or wanted.search(grouped))
 
 

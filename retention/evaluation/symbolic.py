@@ -24,15 +24,22 @@ MAX_CHARS = 1000  # of an answer that is read, and of a number
 
 _END = "(?![A-Za-z])"  # of a command's name
 _BRACED = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
-_TEXT = rf"\\(?:text|mbox|textbf|textit|textrm|textnormal|mathrm|mathbf|operatorname)\s*{_BRACED}"
-_UNIT = (
-    r"(?:degrees?|radians?|percent|dollars?|cents?|units?|inch(?:es)?|feet|foot|ft|yards?|miles?|mph|cm|mm|km|meters?|metres?|kilometers?|"
-    r"centimeters?|kg|mg|grams?|kilograms?|pounds?|ounces?|liters?|m[lL]|seconds?|minutes?|hours?|days?|weeks?|months?|years?)"
+TEXT = rf"\\(?:text|mbox|textbf|textit|textrm|textnormal|mathrm|mathbf|operatorname)\s*{_BRACED}"
+_FUNCTION = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)|log|ln"
+_WORD_UNIT = (
+    "(?:degree|radian|dollar|cent|unit|yard|mile|(?:kilo|centi|milli)?(?:met(?:er|re)|gram|lit(?:er|re))|pound|ounce|ton|gallon|quart|pint|cup|"
+    "second|minute|hour|day|week|month|year|way|student|point|solution|apple|marble|coin|card|game|book|page|side|edge)s?|"
+    "percent|inch(?:es)?|feet|foot|people|ft|[ckm]m|[km]g|m[lL]|mph|kph"
 )
+_SHORT_UNIT = "in|sec|min|hrs?|lbs?|oz|yd|mi|rad|deg|[mshglLCF]"  # in \text{} or \mathrm{} only; elsewhere they are products of letters
+_POWER = r"(?:\s*(?:\^\s*\{?\s*-?\d\s*\}?|[²³]|squared|cubed))?"
 _SUBSTITUTES = [
     (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits){_END}", ""),
     (r",(?:\\!\s*)+|\{,\}", ","),  # a comma of thousands
-    (rf"(?<!\\)\\[!,;:> $%]|~|[$%€£]|\\q?quad{_END}", " "),
+    (rf"(?<!\\)\\[!,;:> $%()\[\]]|~|[$%€£]|\\q?quad{_END}", " "),
+    (rf"\\(?:mathrm|operatorname)\s*\{{\s*([ied]|{_FUNCTION})\s*\}}", r" \1 "),
+    (r"[(\[]\s*\\begin\{(array|(?:small)?matrix)\}(?:\s*\{[clr|\s]*\})?(.*?)\\end\{\1\}\s*[)\]]", r"\\begin{pmatrix}\2\\end{pmatrix}"),
+    (r"_\s*\{\s*\(\s*(\w+)\s*\)\s*\}", r"_{\1}"),  # 52_{(8)}
     (rf"\^\s*(?:\{{\s*\\circ\s*\}}|\\circ{_END})|\\degree{_END}|°", " "),
     (rf"\\[dtc]frac{_END}", r"\\frac"),
     (rf"\\langle{_END}", "("),
@@ -43,6 +50,10 @@ _SUBSTITUTES = [
     (r"\*\*", "^"),
     (rf"\\(?:leq?|leqslant){_END}|≤|<=", r"\\le "),
     (rf"\\(?:geq?|geqslant){_END}|≥|>=", r"\\ge "),
+    (rf"\\lt{_END}", "<"),
+    (rf"\\gt{_END}", ">"),
+    (rf"\\neq?{_END}|≠", r"\\ne "),
+    (r"∈", r"\\in "),
     (rf"\\varnothing{_END}|\\\{{\s*\\\}}|∅", r"\\emptyset "),
     (r"[−–]", "-"),
     (r"∞", r"\\infty "),
@@ -50,17 +61,26 @@ _SUBSTITUTES = [
     (r"π", r"\\pi "),
     (r"∪", r"\\cup "),
     (r"±", r"\\pm "),
-    (rf"(?<![\\A-Za-z])(sqrt|pi|infty|sin|cos|tan|cot|sec|csc|log|ln){_END}", r"\\\1 "),
-    (r"\\text\s*\{\s*,?\s*(?:or|and)\s*\}|(?<=[\s\d})\]])(?:or|and)(?=\s)", ","),
-    (rf"^\s*[A-Za-z]\s*\\in{_END}", ""),  # x \in [1, 2]
+    (rf"(?<![\\A-Za-z])(sqrt|pi|infty|{_FUNCTION}){_END}", r"\\\1 "),
+    (r"\\text\s*\{\s*,?\s*(?:or|and)\s*\}|(?<=[\s\d})\],])(?:or|and)(?=\s)", ","),
     (r"(?<![\d.)}\]])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),  # 1 4/5
+    (r"(?<![\w.^])\d{1,3}(?:\s+\d{3})+(?!\d)", lambda match: "".join(match[0].split())),  # 58 500
     (r"[\s.,;:]+$", ""),
 ]
-_UNITS = re.compile(
-    rf"(?:(?<=\S)\s*{_TEXT}|(?<=[\d}})])\s*(?:(?:square|cubic|sq)\s+)?{_UNIT}{_END})\s*(?:\^\s*\{{?\s*\d\s*\}}?)?(?:\s*(?:per|/)\s*[a-z]+)?\s*$"
-)
+
+
+def _unit(names: str) -> str:
+    """A pattern of one of these units, of one per another, or of what stands behind a price, as in $5 per hour."""
+    one = rf"(?:(?:square|cubic|sq|cu)\.?\s+)?(?:{names}){_END}\.?{_POWER}"
+    return rf"(?:{one}|(?:{one})?\s*(?:per|/)\s*{one})"
+
+
+_IN_TEXT = rf"\\(?:text|mbox|textrm|textnormal|mathrm)\s*\{{\s*{_unit(f'{_WORD_UNIT}|{_SHORT_UNIT}')}\s*\}}{_POWER}"
+_UNITS = re.compile(rf"(?:(?<=[^\s_^])\s*{_IN_TEXT}(?:\s*/\s*{_IN_TEXT})?|(?<=[\d}})])\s*{_unit(_WORD_UNIT)})\s*$")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{\s*(\d+)\s*\}")
-_WORD = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z]+(?:[\s'-]+[A-Za-z]+)*")  # not p - q or xy
+_WORD = re.compile(r"(?=.*[A-Za-z]{3}|(?i:no|on)$)[A-Za-z]+(?:[\s'-]+[A-Za-z]+)*")  # not p - q or xy
+_FRACTION = re.compile(r"([-+]?)(\d*)\\[dtc]?frac\s*(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))")
+_CHOICE = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.:)])\s+(?!.*\([A-Z]\))[^\s,].*", re.DOTALL)
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\d+(?:\.\d+)?|\.\d+|\S", re.DOTALL)
 
 
@@ -79,8 +99,15 @@ def _repeating(match: re.Match) -> str:
 
 def bare(text: str) -> str:
     """Clean `text` without its unit, \\text{...} around words, brackets around one letter or number and commas of thousands."""
-    text = re.sub(_TEXT, r"\1", _UNITS.sub("", text)).strip()
+    text = _UNITS.sub("", re.sub(TEXT, r"\1", _UNITS.sub("", text)))
+    text = re.sub(r"[\s.,;:]+$", "", text).strip()  # \text{ellipse.}
     return thousands(re.sub(r"^\(\s*([A-Za-z]|\d+)\s*\)$", r"\1", text))
+
+
+def choice(text: str) -> str:
+    """The letter of a clean text that is a choice with its letter, as in (C) 5 or C. 5; any other text as it is."""
+    found = _CHOICE.fullmatch(re.sub(TEXT, r"\1 ", text))
+    return found[1] or found[2] if found else text
 
 
 def thousands(text: str) -> str:
@@ -89,11 +116,14 @@ def thousands(text: str) -> str:
 
 
 def fraction(text: str) -> Fraction | None:
-    """The number that bare `text` is, written as 12, -1.5, .5, 3/4 or \\frac{3}{4}; else None."""
+    """The number that bare `text` is, written as 12, -1.5, .5, 3/4, \\frac{3}{4} or 1\\frac{3}{4}; else None."""
     if len(text) > MAX_CHARS:  # Python refuses integers of more than 4300 digits
         return None
-    text = re.sub(r"^([-+]?)\\frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3", text.replace(" ", ""))
+    text = re.sub(r"(?<![\d.])\s+|\s+(?![\d.])", "", text)  # 1 0 is no number
     try:
+        if mixed := _FRACTION.fullmatch(text):
+            value = int(mixed[2] or 0) + Fraction(int(mixed[3] or mixed[4]), int(mixed[5] or mixed[6]))
+            return -value if mixed[1] == "-" else value
         return Fraction(re.sub(r"^([-+]?)\.", r"\g<1>0.", text)) if re.fullmatch(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+|\d+/\d+)", text) else None
     except ZeroDivisionError:
         return None
@@ -107,42 +137,77 @@ def same_string(first: str, second: str) -> bool:
     return _TOKEN.findall(first) == _TOKEN.findall(second)
 
 
-# Taking apart: strings to trees. A leaf is a string, a node (kind, children), its kind "set", "union", "row", "matrix" or a pair of brackets.
+# Taking apart: strings to trees. A leaf is a string, a node (kind, children), its kind "set", "union", "row", "matrix", a pair of brackets, or "=" for
+# what has names in front of its value: x = 5, x \in [1, 2]; the children are the names, as strings, and the value's tree.
 
-_NAME = re.compile(r"\\?[A-Za-z][A-Za-z\s]*(?:_\{?\w+\}?)?(?:\(\s*[A-Za-z]\s*\))?")  # x, x_1, Area, f(x)
+_NAME = re.compile(  # x, x_1, x_{\max}, Area, \vec{v}, f(x), f^{-1}(x)
+    r"\\?[A-Za-z][A-Za-z\s]*(?:\{[A-Za-z]+\})?(?:_(?:\w|\\[A-Za-z]+|\{[^{}]*\}))?(?:\^(?:-1|\{-1\}))?(?:\([^()]*\))?"
+)
 _UNORDERED = ("set", "union")
-_OPEN, _CLOSE = ("(", "[", "{", r"\{"), (")", "]", "}", r"\}")
+_OPEN, _CLOSE = ("(", "[", "{", r"\{", r"\begin"), (")", "]", "}", r"\}", r"\end")
 
 
 def read(text: str):
     """The tree of a clean text."""
-    sides = _split(text, "=")
-    if len(sides) == 2 and _NAME.fullmatch(bare(sides[0])) and not isinstance(named := read(sides[1]), str):  # A = (1, 2)
-        return named
+    kind, inside = _brackets(text.strip())
+    if kind == r"\{\}":
+        return read(inside)
+    if len(parts := _split(inside, ",")) > 1:
+        return kind, [read(part) for part in parts]
+    elements = [one for part in _split(text, ",", ";") for one in _signs(part)]
+    if len(elements) > 1:
+        return "set", [read(one) for one in elements]
+    *names, text = _split(_interval(text), "=", r"\in") or [""]
+    if names:
+        return "=", [*names, read(text)]
     union = _split(text, r"\cup")
     if len(union) > 1:
         return "union", [read(part) for part in union]
     if matrix := re.fullmatch(r"\\begin\{([pbB]?matrix)\}(.*)\\end\{\1\}", text, re.DOTALL):
         return "matrix", [("row", [read(cell) for cell in _split(row, "&")]) for row in _split(matrix[2], r"\\")]
+    return text
+
+
+def _interval(text: str) -> str:
+    """`text`, or as x \\in (1, 2] what says of one letter that 1 < x \\le 2, or one half of it."""
+    parts = _pieces(text, "<", ">", r"\le", r"\ge")
+    if set(parts[1::2]) <= {">", r"\ge"}:
+        parts.reverse()
+    elif not set(parts[1::2]) <= {"<", r"\le"}:
+        return text
+    if len(parts) == 3 and _is_letter(parts[0]) != _is_letter(parts[2]):
+        parts = [r"-\infty", "<", *parts] if _is_letter(parts[0]) else [*parts, "<", r"\infty"]
+    if len(parts) != 5 or not _is_letter(parts[2]):
+        return text
+    return rf"{parts[2]} \in {'(' if parts[1] in '<>' else '['}{parts[0]},{parts[4]}{')' if parts[3] in '<>' else ']'}"
+
+
+def _is_letter(text: str) -> bool:
+    """Whether `text` may be an unknown."""
+    return bool(re.fullmatch("[A-Za-z]", text)) and text not in ("e", "i") or text.startswith("\\") and text[1:] in _GREEK
+
+
+def _is_name(text: str) -> bool:
+    """Whether `text` is a name or a tuple of names."""
     kind, inside = _brackets(text)
-    if kind == r"\{\}":
-        text = inside
-    elif len(parts := _split(inside, ",")) > 1:
-        return kind, [read(part) for part in parts]
-    elements = [one for part in _split(text, ",", ";") for one in _signs(part)]
-    return ("set", [read(one) for one in elements]) if len(elements) > 1 else text.strip()
+    return all(_NAME.fullmatch(bare(part)) for part in _split(inside if kind == "()" else text, ","))
 
 
 def _split(text: str, *separators: str) -> list[str]:
     """The parts of `text` between separators that stand in no brackets; empty ones are dropped."""
+    return [part for part in _pieces(text, *separators)[::2] if part]
+
+
+def _pieces(text: str, *separators: str) -> list[str]:
+    """The parts of `text` and, between them, the separators in no brackets."""
     parts, depth = [""], 0
     for piece in re.findall(r"\\[A-Za-z]+|\\.|.", text, re.DOTALL):
         depth += (piece in _OPEN) - (piece in _CLOSE)
         if depth == 0 and piece in separators:
-            parts.append("")
+            parts += [piece, ""]
         else:
             parts[-1] += piece
-    return [part.strip() for part in parts if part.strip()]
+    return [part.strip() for part in parts]
 
 
 def _brackets(text: str) -> tuple[str, str]:
@@ -158,8 +223,8 @@ def _brackets(text: str) -> tuple[str, str]:
 
 
 def _signs(text: str) -> list[str]:
-    """`text`, or the two texts that \\pm and \\mp in it stand for."""
-    if not re.search(rf"\\(?:pm|mp){_END}", text):
+    """`text`, or the two texts that \\pm and \\mp in it stand for; a set in it sees to its own."""
+    if r"\{" in text or not re.search(rf"\\(?:pm|mp){_END}", text):
         return [text]
     return [re.sub(rf"\\mp{_END}", other, re.sub(rf"\\pm{_END}", sign, text)) for sign, other in ("+-", "-+")]
 
@@ -181,7 +246,8 @@ class Unreadable(ValueError):
 class Parser:
     """Recursive descent over the tokens of one leaf.
 
-    sum = product {(+|-) product}; product = [-] power {[*|/] power}; power = atom {^ argument | !}.
+    whole = sum [\\over sum]; sum = product {(+|-) product}; product = [-] power {[*|/] power}; power = atom {^ exponent | !};
+    exponent = [-] atom [^ exponent].
     """
 
     def __init__(self, text: str):
@@ -194,7 +260,7 @@ class Parser:
 
     def expression(self):
         """The whole text as a sympy expression. Raises Unreadable."""
-        value = self._sum()
+        value = self._whole()
         if self._peek() or value.has(self._sympy.nan, self._sympy.zoo):
             raise Unreadable
         return value
@@ -208,6 +274,10 @@ class Parser:
             raise Unreadable
         self._at += 1
         return token
+
+    def _whole(self):
+        value = self._sum()
+        return value / self._sum() if self._peek() == r"\over" and self._take() else value
 
     def _sum(self):
         total = self._product()
@@ -238,13 +308,23 @@ class Parser:
     def _starts_factor(self, token: str) -> bool:
         if token == "|":
             return not self._bars
-        return bool(re.match(r"[\w(\[{.]|\\[A-Za-z]", token)) and token != "_"
+        if re.match(r"[\d.]", token) and re.match(r"[\d.]", self._tokens[self._at - 1]):
+            return False  # 2 3 is no product
+        return bool(re.match(r"[\w(\[{.]|\\[A-Za-z]", token)) and token not in ("_", r"\over")
 
     def _power(self):
         value = self._atom()
         while self._peek() in ("^", "!"):
-            value = value ** self._argument() if self._take() == "^" else self._sympy.factorial(value)
+            value = value ** self._exponent() if self._take() == "^" else self._sympy.factorial(value)
         return value
+
+    def _exponent(self):
+        """From the right: 2^3^2 is 2^9."""
+        if self._peek() == "-":
+            self._take()
+            return -self._exponent()
+        value = self._atom()
+        return value ** self._exponent() if self._peek() == "^" and self._take() else value
 
     def _argument(self, digit: bool = False):
         """What a command or ^ applies to. `digit`: one digit of a number, as in \\frac43."""
@@ -274,7 +354,7 @@ class Parser:
         if token[0] in "0123456789.":
             return self._number(token)
         if token in ("(", "[", "{"):
-            value = self._sum()
+            value = self._whole()
             self._take({"(": ")", "[": "]", "{": "}"}[token])
             return value
         if token == "|":
@@ -343,16 +423,22 @@ def equivalent(given: str, wanted: str) -> bool:
     return any(same(read(view(given)), read(view(wanted))) for view in (str, thousands))
 
 
-def same(first, second) -> bool:
-    """Whether two trees say the same."""
-    if isinstance(first, str) and isinstance(second, str):
-        return same_string(first, second) or _same_value(bare(first), bare(second))
-    if isinstance(first, str) or isinstance(second, str) or first[0] != second[0] or len(first[1]) != len(second[1]):
+def same(given, wanted) -> bool:
+    """Whether two trees say the same. Where only one of them names its value, the name is left out: a given answer may have anything in front, as
+    2 + 3 = 5, a wanted one only a name, for an equation such as x + y = 0 is not its right side."""
+    named = [not isinstance(tree, str) and tree[0] == "=" for tree in (given, wanted)]
+    if all(named):
+        return (same_string(given[1][0], wanted[1][0]) and same(given[1][-1], wanted[1][-1])) or _same_equation(given[1], wanted[1])
+    if any(named):
+        return same(given[1][-1], wanted) if named[0] else _is_name(wanted[1][0]) and same(given, wanted[1][-1])
+    if isinstance(given, str) and isinstance(wanted, str):
+        return same_string(given, wanted) or _same_value(bare(given), bare(wanted))
+    if isinstance(given, str) or isinstance(wanted, str) or given[0] != wanted[0] or len(given[1]) != len(wanted[1]):
         return False
-    if first[0] not in _UNORDERED:
-        return all(map(same, first[1], second[1]))
-    left = list(second[1])
-    for one in first[1]:  # the first match will do: sameness is transitive
+    if given[0] not in _UNORDERED:
+        return all(map(same, given[1], wanted[1]))
+    left = list(wanted[1])
+    for one in given[1]:  # the first match will do: sameness is transitive
         match = next((other for other in left if same(one, other)), None)
         if match is None:
             return False
@@ -361,24 +447,26 @@ def same(first, second) -> bool:
 
 
 def _same_value(first: str, second: str) -> bool:
-    """Whether two bare texts that differ as strings are equal numbers, expressions or equations."""
+    """Whether two bare texts that differ as strings are equal numbers or expressions."""
     numbers = fraction(first), fraction(second)
     if None not in numbers:
         return numbers[0] == numbers[1]
     if _WORD.fullmatch(first) or _WORD.fullmatch(second):
         return False  # no product of letters
-    sides = _split(first, "="), _split(second, "=")
     try:
-        if len(sides[0]) == len(sides[1]) == 2:
-            return _same_equation(*(Parser(left).expression() - Parser(right).expression() for left, right in sides))
-        values = [one[-1] if len(one) == 2 and _NAME.fullmatch(one[0]) else "=".join(one) for one in sides]
-        return _equal(*(Parser(value).expression() for value in values))
+        return _equal(*(Parser(text).expression() for text in (first, second)))
     except Unreadable:
         return False
 
 
-def _same_equation(first, second) -> bool:
-    """Whether two expressions are zero together because one is a constant multiple of the other."""
+def _same_equation(first: list, second: list) -> bool:
+    """Whether one of two equations, each given by its sides, is a constant multiple of the other."""
+    if len(first) != 2 or len(second) != 2 or not isinstance(first[1], str) or not isinstance(second[1], str):
+        return False
+    try:
+        first, second = (Parser(bare(left)).expression() - Parser(bare(right)).expression() for left, right in (first, second))
+    except Unreadable:
+        return False
     point = _points(first, second)[0]
     scales = first.subs(point), second.subs(point)
     return 0 not in scales and _equal(first * scales[1], second * scales[0])

@@ -66,6 +66,8 @@ def test_numbers_code_and_choices():
     assert metrics.choice("**The correct answer is (B)**, not (C)") == "B" and metrics.choice("The correct answer is D.") == "D"
     assert metrics.choice("B") == ""
     assert metrics.contains("You own the red car.", "a red  car") and not metrics.contains("You own a red cart", "red car")
+    assert metrics.contains("I don’t know.", "I don't know") and not metrics.contains("I do know.", "I don't know")
+    assert metrics.qa_f1("I don’t know", "I don't know") == pytest.approx(2 / 3), "as published: there a curly apostrophe is a letter"
 
 
 def test_countdown():
@@ -113,6 +115,8 @@ def test_html_to_tsv():
     assert row_scores(f"```tsv\n{table}\nand so on") == (1, 1, 1)  # cut off, and a closing remark
     assert row_scores("name\tprice\nchair\t7\nlamp\t5") == (pytest.approx(4 / 5), 1, 2 / 3)
     assert row_scores("name\tprice\nChair\t7\nDesk\t8") == (pytest.approx(2 / 5), 1 / 2, 1 / 3)
+    draft = "<think>\n```tsv\nname\tprice\nSofa\t1\n```\n</think>\n"
+    assert row_scores(f"{draft}```tsv\n{table}\n```")[1] < 1, "from the first fence to the last, as the release reads it"
     assert row_scores("") == row_scores("name\tprice") == row_scores("name\tprice\n\0\t\0") == (0, 0, 0)
 
 

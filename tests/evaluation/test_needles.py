@@ -106,6 +106,12 @@ def test_words_are_held_out():
         ("facts", "Vincent Yarrow", "Vincent Zeller", False),
         ("facts", "crypt", "In the cryptic room", False),
         ("facts", "crypt", "In the Crypt", True),
+        ("facts", "a ruby pendant", "She was given the ruby pendant.", True),
+        ("facts", "an oak cradle", "Oak cradle", True),
+        ("facts", "the wolves returned", "Wolves returned.", True),
+        ("facts", "a ruby pendant", "A sapphire brooch", False),
+        ("facts", "a ruby pendant", "the ruby pendants", False),
+        ("facts", "thecla", "cla", False),
     ],
 )
 def test_correct(task, answer, generated, expected):
