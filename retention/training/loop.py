@@ -70,11 +70,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> gates.TrainedGates
     optimizer = make_optimizer(config.optimizer, config.steps)
     pipeline = Pipeline(section, model.tokenizer, config.seed)
     loss = config.loss
-    if not (loss.kl or loss.ntp) and not loss.other_kl:
-        raise ValueError("loss.kl, loss.ntp and loss.other_kl are all 0: no token would ever be compared; give one of them a weight")
     if not (pipeline.answers and (loss.kl or loss.ntp)) and not (section.others and loss.other_kl):
         raise ValueError(
-            "no token would ever be compared: loss.kl and loss.ntp weigh answers, of which data.sources need one with chat, loss.other_kl the data.others"
+            "no token would ever be compared: give loss.kl or loss.ntp a weight and data.sources one with answers, or loss.other_kl a weight and data.others"
         )
     check_data(run, pipeline)
     if is_primary():

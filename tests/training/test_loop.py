@@ -505,10 +505,9 @@ def test_what_failed_at_the_start_may_be_corrected(folder, tmp_path):
         loop.train(make_config(folder, **{"gate.kind": "both"}), tmp_path)
     with pytest.raises(ValueError, match="steps must be more than optimizer.warmup_steps, 2, not 2"):
         loop.train(make_config(folder, steps=2), tmp_path)
-    with pytest.raises(ValueError, match="loss.kl, loss.ntp and loss.other_kl are all 0"):
-        loop.train(make_config(folder, **{"loss.kl": 0.0, "loss.ntp": 0.0, "loss.other_kl": 0.0}), tmp_path)
-    with pytest.raises(ValueError, match="no token would ever be compared: loss.kl and loss.ntp weigh answers, .* loss.other_kl the data.others"):
-        loop.train(make_config(folder, **{"loss.other_kl": 0.0, "data.sources.facts.weight": 0.0}), tmp_path)
+    for nothing in ({"loss.kl": 0.0, "loss.ntp": 0.0}, {"data.sources.facts.weight": 0.0}):
+        with pytest.raises(ValueError, match="no token would ever be compared: give loss.kl or loss.ntp .*, or loss.other_kl a weight and data.others"):
+            loop.train(make_config(folder, **{"loss.other_kl": 0.0, **nothing}), tmp_path)
     loop.train(make_config(folder, steps=3), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == len(metrics(tmp_path)) == 3
 
