@@ -200,6 +200,7 @@ class Session:
         Raises ValueError if nothing was appended yet, or if the policy is not a registered name: a file cannot hold a function. And as `arrays.save`.
         """
         rows, arguments = self._rows, {name: x.item() if isinstance(x, np.generic) else x for name, x in self._arguments.items()}
+        arguments["scope"] = rows.plan.scope
         if rows.cache is None:
             raise ValueError("nothing was appended to this session, so there is nothing to save; append a text first")
         if not isinstance(arguments["policy"], str):
@@ -227,6 +228,7 @@ class Session:
     def kept(self) -> list[list[np.ndarray]]:
         """[layer][head] int arrays: the true positions kept, in order."""
         config = self._rows.model.config
+        self._rows.check_whole()
         if self._rows.cache is None:
             return [[np.zeros(0, np.int32) for _ in range(config.kv_heads)] for _ in range(config.layers)]
         return cache_lib.kept_positions(self._rows.cache, 0)

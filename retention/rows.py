@@ -178,10 +178,6 @@ class Rows:
     def _saw(self, tokens: Sequence[int] | np.ndarray) -> None:
         """Counts each sequence's new tokens."""
         self.seen = self.seen + np.asarray(tokens)
-        trained_for = self.model.config.max_positions
-        if self.most_seen > trained_for and not self.warned:
-            self.warned = True
-            warnings.warn(f"{self.most_seen} tokens are beyond the {trained_for} that this model was trained for; answers may degrade", stacklevel=5)
 
     def _expect(self, seen: int) -> None:
         """Lets a policy that looks at streams see all that they can hold of `seen` tokens."""
@@ -197,12 +193,16 @@ class Rows:
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:
         """Around all that changes the rows: what is broken off inside, by an error or Ctrl-C, leaves a cache that matches no text."""
-        self._check_whole()
+        self.check_whole()
         self.whole = False
         yield
         self.whole = True
+        trained_for = self.model.config.max_positions
+        if self.most_seen > trained_for and not self.warned:
+            self.warned = True
+            warnings.warn(f"{self.most_seen} tokens are beyond the {trained_for} that this model was trained for; answers may degrade", stacklevel=5)
 
-    def _check_whole(self) -> None:
+    def check_whole(self) -> None:
         """Raises ValueError if something was broken off."""
         if not self.whole:
             raise ValueError("reading or generating was broken off midway here, so that the cache matches no text; begin anew, or go on from a fork or a file")
@@ -220,10 +220,12 @@ class Rows:
     def append(self, prompts: Sequence[Sequence[int]]) -> list[jax.Array]:
         """Feeds each sequence its tokens, evicting after each chunk (one-shot: once, at the end).
 
-        Returns the stats [L, B, H, tokens] of the policies of plan.beside.
+        Returns the stats [L, B, H, tokens] of the policies of plan.beside. Raises ValueError for ids that the embedding has not, as XLA would clamp them.
         """
         self.settle()
-        lengths = [len(prompt) for prompt in prompts]
+        lengths, rows = [len(prompt) for prompt in prompts], self.model.config.vocab_size
+        if (largest := max(max(prompt, default=0) for prompt in prompts)) >= rows:
+            raise ValueError(f"the text holds a token of id {largest}, but the model's embedding has {rows} rows; take it out")
         if self.cache is None:
             self._open(lengths)
         with self._whole():
@@ -300,7 +302,7 @@ class Rows:
 
     def fork(self) -> "Rows":
         """The same sequences, to go on by themselves."""
-        self._check_whole()
+        self.check_whole()
         other = object.__new__(Rows)
         other.__dict__.update(self.__dict__)
         # Programs consume the cache they are given, so the two may not share arrays.
@@ -351,6 +353,7 @@ class Rows:
         return [[int(token) for token in row if token >= 0] for row in tokens]
 
     def stats(self, row: int) -> Stats:
+        self.check_whole()
         streams = self.model.config.streams
         if self.cache is None:
             return Stats(0, 0, 0, 0)

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+import warnings
 
 import jax
 import numpy as np
@@ -98,15 +99,16 @@ def test_what_is_broken_off_midway_is_used_no_more(model, monkeypatch, arguments
 
     def second(*given, **options):
         calls.append(program)
+        done = whole(*given, **options)
         if len(calls) == 2:
-            raise KeyboardInterrupt
-        return whole(*given, **options)
+            raise KeyboardInterrupt  # the cache that the program was given is gone
+        return done
 
     with monkeypatch.context() as patched:
         patched.setattr(programs, program, second)
         with pytest.raises(KeyboardInterrupt):
             session.generate(3 * STORY, max_new_tokens=40)
-    for call in (lambda: session.append(STORY), session.generate, session.fork):
+    for call in (lambda: session.append(STORY), session.generate, session.fork, session.kept, lambda: session.stats):
         with pytest.raises(ValueError, match="was broken off midway here, so that the cache matches no text; begin anew, or go on from a fork or a file"):
             call()
     assert len(fork.generate(3 * STORY, max_new_tokens=40).tokens) == 40
@@ -117,6 +119,9 @@ def test_a_mistake_breaks_nothing_off(model):
     with pytest.raises(ValueError, match="smaller than sinks"):
         session.append("Short.")
     session.append(10 * STORY)
+    with warnings.catch_warnings(action="error"), pytest.raises(UserWarning, match="are beyond the 4096"):
+        session.append(10 * STORY)
+    assert session.generate(max_new_tokens=3).tokens, "a warning that is an error, as with python -W error, comes when all is read"
 
 
 # Ones that note nothing, queries, moments, hidden states with the tokens before, attention received; and the full cache.

@@ -172,21 +172,16 @@ def _config(metadata: dict[str, Any], tensors: dict[str, gguf.ReaderTensor], pat
 def _rope_scaling(metadata: dict[str, Any], architecture: str, max_positions: int, path: pathlib.Path) -> RopeScaling | None:
     prefix = f"{architecture}.rope.scaling."
     found = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    # As llama.cpp reads them: the old key's factor where there is no newer one, and linear where no type is given.
+    # As llama.cpp reads them: the old key's factor where there is no newer one, linear where no type is given, and a factor of 0 or none as 1.
     old = metadata.get(f"{architecture}.rope.scale_linear")
-    typed = "type" in found
-    kind, factor = found.pop("type", "linear"), found.pop("factor", old)
+    kind, factor = found.pop("type", "linear"), found.pop("factor", old) or 1.0
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
         raise NotImplementedError(f"{path} uses {prefix}type = {kind!r}; supported are linear and yarn")
-    found.pop("finetuned", None)
-    if factor is None and not typed and found.keys() <= {"original_context_length"}:
-        return None
-    if factor is None:
-        raise ValueError(f"{path} has no metadata key {prefix}factor")
     if not is_positive(factor):
         raise ValueError(f"{path} has {prefix}factor = {factor!r}, which must be a number above 0")
+    found.pop("finetuned", None)
     scaling = RopeScaling(
         kind=kind,
         factor=factor,
@@ -196,7 +191,7 @@ def _rope_scaling(metadata: dict[str, Any], architecture: str, max_positions: in
     )
     if found:
         raise NotImplementedError(f"{path} sets {prefix}{next(iter(found))}, which is not supported")
-    return scaling
+    return None if factor == 1 else scaling
 
 
 def _llama3_scaling(config: Config, divisors: np.ndarray, path: pathlib.Path) -> Config:

@@ -70,7 +70,7 @@ def load(folder: str | pathlib.Path, dtype: Any = "float32", place: Callable | N
         tensor = tensors[name]
         return np.memmap(tensor.file, tensor.dtype, "r", tensor.offset, tensor.shape)
 
-    # Fine-tuned models may call an embedding tied that is not so any more; transformers too takes the head that the file holds.
+    # Fine-tuned models may call an embedding tied that is not so any more; transformers 5 too takes the head that the file holds.
     embed, head = NAMES["embed"], NAMES["head"]
     if config.tie_embeddings and {embed, head} <= tensors.keys() and not np.array_equal(read(embed), read(head)):
         config = dataclasses.replace(config, tie_embeddings=False)

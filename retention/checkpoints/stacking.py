@@ -82,9 +82,10 @@ def stack(
     for _, key, shape, in_file in jobs:
         for name in in_file:
             check(name, shape if key == "embed" else shape[::-1])
-    # Without them the model would be another. What no parameter takes besides changes nothing: tables of rotary angles, the head of a tied embedding.
-    asked = {name for *_, in_file in jobs for name in in_file}
-    if unread := sorted(name for name in shapes if name.endswith((".bias", "norm.weight")) and name not in asked):
+    # Without them the decoder would be another. What no parameter takes besides changes nothing: tables of rotary angles, the head of a tied embedding,
+    # heads for other uses.
+    asked, decoder = {name for *_, in_file in jobs for name in in_file}, ("model.", "lm_head.", "blk.", "output")
+    if unread := sorted(name for name in shapes if name.startswith(decoder) and name.endswith((".bias", "norm.weight")) and name not in asked):
         raise NotImplementedError(f"{source} has biases or norms that a model of its configuration has not, such as {unread[0]}")
     places = {key: place(config, key) for _, key, _, _ in jobs} if place else {}
 

@@ -48,7 +48,7 @@ class Tokenizer:
 
     Attributes:
       vocab_size: the number of tokens, special ones included. A model's embedding table may have more rows (padding).
-      largest_id: the largest id of a token, for which the table must have a row.
+      largest_id: the largest id of a token, for which the table must have a row; added tokens, of which some models use none, are not counted.
       eos_ids: the ids that end a text or a turn.
       date: the day that `chat` tells templates which ask for it; None: today.
       chat_template: in Jinja, or None.
@@ -68,7 +68,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self.date: datetime.datetime | None = None
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
-        self.largest_id: int = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.largest_id: int = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
         added = tokenizer.get_added_tokens_decoder()
         special = sorted((token.content for token in added.values() if token.special), key=len, reverse=True)
         self._special_names = re.compile("|".join(map(re.escape, special))) if special else None

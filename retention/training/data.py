@@ -47,7 +47,7 @@ class Pipeline:
       sources: name -> {kind, path, weight}; see sources.py for kinds. Weights are shares of documents; one of weight 0 is left out.
     Attributes answers: whether any document holds an assistant's tokens; report: source -> {"documents": n, "skipped": {reason: count}, "first": {reason:
     place}}; digests: source -> that of its files.
-    Raises ValueError for an entry that cannot be, or where no token could ever be compared, FileNotFoundError for a missing file.
+    Raises ValueError for an entry that cannot be, FileNotFoundError for a missing file.
     """
 
     def __init__(self, section: ConfigDict, tokenizer: Tokenizer, seed: int):
@@ -71,8 +71,6 @@ class Pipeline:
         self.report = {name: source.report for name, source in self._sources.items()}
         self.digests = {name: source.digest for name, source in self._sources.items()}
         self.answers = any(source.answers for source in self._sources.values())
-        if not section.others and not self.answers:
-            raise ValueError("data.others is 0 and no source in data.sources has answers: no token would ever be compared; give others, or chat data")
 
     def rows(self, rows: Sequence[int]) -> grain.DatasetIterator:
         """Endless batches of these rows [len(rows), T], in the order given.

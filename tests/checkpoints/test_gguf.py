@@ -216,8 +216,12 @@ def test_rope_scaling(tmp_path):
         scaling({"type": "longrope", "factor": 4.0})
     with pytest.raises(NotImplementedError, match="yarn_log_multiplier"):
         scaling({"type": "yarn", "factor": 4.0, "yarn_log_multiplier": 0.1})
-    with pytest.raises(ValueError, match="rope.scaling.factor"):
-        scaling({"type": "linear"})
+    # A factor that scales nothing.
+    for entries in ({"type": "linear"}, {"factor": 0.0}, {"type": "linear", "factor": 1.0}):
+        assert scaling(entries).rope_scaling is None
+        assert scaling(entries, {"rope_freqs.weight": divisors}.items()).rope_scaling.kind == "llama3"
+    with pytest.raises(NotImplementedError, match="sets llama.rope.scaling.attn_factor, which is not supported"):
+        scaling({"attn_factor": 2.0})
 
 
 def test_no_file_or_another_file(tmp_path):

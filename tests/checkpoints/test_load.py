@@ -51,6 +51,20 @@ def test_a_tokenizer_with_ids_that_the_embedding_has_not(folder, tmp_path):
         retention.load(rows(folder, tmp_path, 599))
 
 
+def test_an_added_token_that_the_embedding_has_not(folder, tmp_path):
+    """As in Llama 2's first files: the model is used without it, and a text that spells it is refused."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    content = json.loads((copy / "tokenizer.json").read_text())
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    content["added_tokens"].append({"id": 600, "content": "<pad>", **flags})
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    session = retention.Session(retention.load(copy), budget=None)
+    session.append("A text")
+    with pytest.raises(ValueError, match="the text holds a token of id 600, but the model's embedding has 600 rows; take it out"):
+        session.append("and <pad>")
+    assert session.generate(" goes on", max_new_tokens=3).tokens
+
+
 def test_a_tokenizer_with_a_gap_in_its_ids(folder, tmp_path):
     """It is the largest id that counts, not how many there are; a table may have more rows than that."""
     copy = rows(folder, tmp_path, 590)

@@ -505,7 +505,8 @@ def test_what_failed_at_the_start_may_be_corrected(folder, tmp_path):
         loop.train(make_config(folder, **{"gate.kind": "both"}), tmp_path)
     with pytest.raises(ValueError, match="steps must be more than optimizer.warmup_steps, 2, not 2"):
         loop.train(make_config(folder, steps=2), tmp_path)
-    for nothing in ({"loss.kl": 0.0, "loss.ntp": 0.0}, {"data.sources.facts.weight": 0.0}):
+    prose_alone = {"data.sources.facts.weight": 0.0}
+    for nothing in ({"loss.kl": 0.0, "loss.ntp": 0.0}, prose_alone, {**prose_alone, "loss.other_kl": 1.0, "data.others": 0}):
         with pytest.raises(ValueError, match="no token would ever be compared: give loss.kl or loss.ntp .*, or loss.other_kl a weight and data.others"):
             loop.train(make_config(folder, **{"loss.other_kl": 0.0, **nothing}), tmp_path)
     loop.train(make_config(folder, steps=3), tmp_path)
