@@ -36,7 +36,7 @@ def last_number(generated: str) -> Fraction | None:
     that, the last in the text. None where there is no number.
 
     Commas of thousands, currency signs and units are left out. Of several numbers behind "####" the first counts, of those in a box the last, but first
-    of all what follows an equals sign.
+    of all one alone on a side of an equals sign.
     """
     for behind in reversed(generated.split("####")[1:]):
         if found := re.match(r"(?:\\[a-z]+|[^\w#])*\d", behind):
@@ -46,16 +46,19 @@ def last_number(generated: str) -> Fraction | None:
 
 
 def _number(answer: str, place: int) -> Fraction | None:
-    """The number that a marked answer is, or else the one at `place` of those in it, without exponents and, where there are others, those in words."""
-    answer = answer[: symbolic.MAX_CHARS].replace("**", "")  # bold
-    for text in (re.split(r"=(?![^()]*\))", answer)[-1], answer):  # 20 - 5 = 15, but not 18 (= 3 * 6)
-        text = symbolic.clean(text)
-        if (number := symbolic.fraction(symbolic.bare(text))) is not None:
-            return number
-        text = re.sub(r"\^\s*(?:-?\d+|\{[^{}]*\})", "", text)
-        if numbers := _numbers(re.sub(symbolic.TEXT, "", text)) or _numbers(text):
-            return symbolic.fraction(numbers[place])
-    return None
+    """The number that a marked answer is: of the sides of its equals signs, from the right, the first with just one number, as in 20 - 5 = 15 and in
+    15 = 20 - 5; without one, the number at `place` in the first with any."""
+    sides = re.split(r"=(?![^()]*\))", answer[: symbolic.MAX_CHARS].replace("**", ""))  # 18 (= 3 * 6) is one; ** is bold
+    found = [numbers for side in reversed(sides) if (numbers := _side(symbolic.clean(side)))]
+    return next((numbers[0] for numbers in found if len(numbers) == 1), found[0][place] if found else None)
+
+
+def _side(text: str) -> list[Fraction | None]:
+    """The number that a clean text is, or else those in it, without exponents of units and, where there are others, those in words."""
+    if (number := symbolic.fraction(symbolic.bare(text))) is not None:
+        return [number]
+    text = re.sub(r"(?<![\d\s])\s*\^\s*(?:-?\d+|\{[^{}]*\})", "", text)
+    return [symbolic.fraction(number) for number in _numbers(re.sub(symbolic.TEXT, "", text)) or _numbers(text)]
 
 
 def _numbers(text: str) -> list[str]:
@@ -89,12 +92,12 @@ def boxed(generated: str) -> str:
 def equivalent(given: str, wanted: str) -> bool:
     """Whether two answers in LaTeX or plain text say the same.
 
-    Alike are: 1/2, \\frac12, 0.5 and .5; 1\\frac{4}{5} and 9/5; 58,500, 58 500 and 58500; 90^\\circ and 90; 5 \\text{ cm} and 5 (common units, currency
-    and percent signs are left out); x=5, a+2=5 and 5; x \\in [1,2], 1 \\le x \\le 2 and [1,2]; 1 \\pm 2 and 3, -1; \\text{(C)} and C; words in any case;
+    Alike are: 1/2, \\frac12, 0.5 and .5; 1\\frac{4}{5} and 9/5; 58,500, 58 500 and 58500; 90^\\circ and 90; 5 \\text{ cm} and 5 (words behind a number,
+    currency and percent signs are left out); x=5 and 5; x \\in [1,2], 1 \\le x \\le 2 and [1,2]; 1 \\pm 2 and 3, -1; \\text{(C)} and C; words in any case;
     equations of which one is a multiple of the other; and what sympy finds equal, letters standing for real numbers and i for the imaginary unit. Lists
     with commas, sets and unions are compared in any order, tuples, intervals and matrices in theirs. Decimals are exact: 0.333 is not 1/3.
 
-    A given answer may say more than the wanted one: what stands in front of an equals sign, or a choice's text behind its letter, (C) 5 for C.
+    A given answer may say more than the wanted one: what has the value, as a+b=5 for 5 (not 2x=6 for 6), or a choice's text behind its letter, (C) 5 for C.
 
     An answer that cannot be parsed, or has over symbolic.MAX_CHARS characters, equals only the same string. A comparison that takes longer than
     symbolic.CPU_SECONDS, or too much memory, counts as different. Raises ImportError where sympy is needed and missing.

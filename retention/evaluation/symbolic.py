@@ -26,12 +26,6 @@ _END = "(?![A-Za-z])"  # of a command's name
 _BRACED = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
 TEXT = rf"\\(?:text|mbox|textbf|textit|textrm|textnormal|mathrm|mathbf|operatorname)\s*{_BRACED}"
 _FUNCTION = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)|log|ln"
-_WORD_UNIT = (
-    "(?:degree|radian|dollar|cent|unit|yard|mile|(?:kilo|centi|milli)?(?:met(?:er|re)|gram|lit(?:er|re))|pound|ounce|ton|gallon|quart|pint|cup|"
-    "second|minute|hour|day|week|month|year|way|student|point|solution|apple|marble|coin|card|game|book|page|side|edge)s?|"
-    "percent|inch(?:es)?|feet|foot|people|ft|[ckm]m|[km]g|m[lL]|mph|kph"
-)
-_SHORT_UNIT = "in|sec|min|hrs?|lbs?|oz|yd|mi|rad|deg|[mshglLCF]"  # in \text{} or \mathrm{} only; elsewhere they are products of letters
 _POWER = r"(?:\s*(?:\^\s*\{?\s*-?\d\s*\}?|[²³]|squared|cubed))?"
 _SUBSTITUTES = [
     (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits){_END}", ""),
@@ -67,20 +61,16 @@ _SUBSTITUTES = [
     (r"(?<![\w.^])\d{1,3}(?:\s+\d{3})+(?!\d)", lambda match: "".join(match[0].split())),  # 58 500
     (r"[\s.,;:]+$", ""),
 ]
-
-
-def _unit(names: str) -> str:
-    """A pattern of one of these units, of one per another, or of what stands behind a price, as in $5 per hour."""
-    one = rf"(?:(?:square|cubic|sq|cu)\.?\s+)?(?:{names}){_END}\.?{_POWER}"
-    return rf"(?:{one}|(?:{one})?\s*(?:per|/)\s*{one})"
-
-
-_IN_TEXT = rf"\\(?:text|mbox|textrm|textnormal|mathrm)\s*\{{\s*{_unit(f'{_WORD_UNIT}|{_SHORT_UNIT}')}\s*\}}{_POWER}"
-_UNITS = re.compile(rf"(?:(?<=[^\s_^])\s*{_IN_TEXT}(?:\s*/\s*{_IN_TEXT})?|(?<=[\d}})])\s*{_unit(_WORD_UNIT)})\s*$")
+# Words behind a number are its unit, but not those that change it (5 million, 3 or more, 9 a.m.), nor a letter that is no unit (2\text{i}).
+_NO_UNIT = r"(?!(?i:or|and|more|less|to|mod\w*|base|half|dozens?|(?:hundred|thousand|[bmtr]+illion)s?|[ap]m)\b|[a-z](?<![ghlms])\b)"
+_IN_TEXT = rf"\\(?:text|mbox|textrm|textnormal|mathrm)\s*\{{\s*/?\s*{_NO_UNIT}[A-Za-z][^{{}},\d]*?{_POWER}\s*\}}{_POWER}"
+_SHORT_UNIT = "[ckm]m|[km]g|m[lL]|ft|[km]ph|sq|cu|per|day|way|cup|ton|degrees?|percent"  # outside of \text{} other short words are products of letters
+_IN_LINE = rf"(?:\s*(?:{_SHORT_UNIT}){_END}|\s+{_NO_UNIT}[A-Za-z]{{4,}})(?:[\s./]+[A-Za-z]+)*\.?{_POWER}"
+_UNITS = re.compile(rf"(?:(?<=[\d)\]}}!|])|(?<=\\pi)|(?<=\d[a-z]))(?:(?:\s*/?\s*{_IN_TEXT})+|{_IN_LINE})\s*$")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{\s*(\d+)\s*\}")
 _WORD = re.compile(r"(?=.*[A-Za-z]{3}|(?i:no|on)$)[A-Za-z]+(?:[\s'-]+[A-Za-z]+)*")  # not p - q or xy
 _FRACTION = re.compile(r"([-+]?)(\d*)\\[dtc]?frac\s*(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))")
-_CHOICE = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.:)])\s+(?!.*\([A-Z]\))[^\s,].*", re.DOTALL)
+_CHOICE = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.:)])\s+(?!.*(?<![A-Za-z])[A-Z][.:)]|(?:.*,)?\s*[A-Z]\s*$)[^\s,].*", re.DOTALL)  # and no other one
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\d+(?:\.\d+)?|\.\d+|\S", re.DOTALL)
 
 
@@ -156,7 +146,7 @@ def read(text: str):
         return kind, [read(part) for part in parts]
     elements = [one for part in _split(text, ",", ";") for one in _signs(part)]
     if len(elements) > 1:
-        return "set", [read(one) for one in elements]
+        return "set" if any(_interval(one) == one for one in elements) else "union", [read(one) for one in elements]
     *names, text = _split(_interval(text), "=", r"\in") or [""]
     if names:
         return "=", [*names, read(text)]
@@ -320,8 +310,7 @@ class Parser:
 
     def _exponent(self):
         """From the right: 2^3^2 is 2^9."""
-        if self._peek() == "-":
-            self._take()
+        if self._peek() == "-" and self._take():
             return -self._exponent()
         value = self._atom()
         return value ** self._exponent() if self._peek() == "^" and self._take() else value
@@ -332,10 +321,7 @@ class Parser:
         if digit and token.isdigit() and len(token) > 1:
             self._tokens[self._at] = token[1:]
             return self._sympy.Integer(token[0])
-        if token == "-":
-            self._take()
-            return -self._atom()
-        return self._atom()
+        return -self._atom() if token == "-" and self._take() else self._atom()
 
     def _subscript(self) -> str:
         """The text of a subscript, if one follows."""
@@ -390,16 +376,14 @@ class Parser:
 
     def _root(self):
         degree = 2
-        if self._peek() == "[":
-            self._take()
+        if self._peek() == "[" and self._take():
             degree = self._sum()
             self._take("]")
         return self._sympy.root(self._argument(), degree)
 
     def _function(self, name: str):
         base, power = self._subscript(), 1
-        if self._peek() == "^":
-            self._take()
+        if self._peek() == "^" and self._take():
             power = self._argument()
         if power == -1 and name in _TRIGONOMETRIC:
             name, power = f"arc{name}", 1
@@ -409,10 +393,8 @@ class Parser:
             value = self._signed()
             while self._starts_factor(self._peek()) and self._peek() != "(" and self._peek().lstrip("\\") not in _FUNCTIONS:
                 value = value * self._power()
-        function = getattr(self._sympy, _FUNCTIONS[name])
-        if base:
-            return function(value, Parser(base[1:]).expression()) ** power
-        return function(value) ** power
+        arguments = (value, Parser(base[1:]).expression()) if base else (value,)
+        return getattr(self._sympy, _FUNCTIONS[name])(*arguments) ** power
 
 
 # Comparing.
@@ -424,13 +406,14 @@ def equivalent(given: str, wanted: str) -> bool:
 
 
 def same(given, wanted) -> bool:
-    """Whether two trees say the same. Where only one of them names its value, the name is left out: a given answer may have anything in front, as
-    2 + 3 = 5, a wanted one only a name, for an equation such as x + y = 0 is not its right side."""
+    """Whether two trees say the same. Where only one of them names its value, the name is left out: a given answer may have in front what has a value,
+    as 2 + 3 = 5, a wanted one only a name."""
     named = [not isinstance(tree, str) and tree[0] == "=" for tree in (given, wanted)]
     if all(named):
         return (same_string(given[1][0], wanted[1][0]) and same(given[1][-1], wanted[1][-1])) or _same_equation(given[1], wanted[1])
     if any(named):
-        return same(given[1][-1], wanted) if named[0] else _is_name(wanted[1][0]) and same(given, wanted[1][-1])
+        *left, value = (given if named[0] else wanted)[1]
+        return same(value, wanted) and any(_has_value(one, value) for one in left) if named[0] else _is_name(left[0]) and same(given, value)
     if isinstance(given, str) and isinstance(wanted, str):
         return same_string(given, wanted) or _same_value(bare(given), bare(wanted))
     if isinstance(given, str) or isinstance(wanted, str) or given[0] != wanted[0] or len(given[1]) != len(wanted[1]):
@@ -438,12 +421,28 @@ def same(given, wanted) -> bool:
     if given[0] not in _UNORDERED:
         return all(map(same, given[1], wanted[1]))
     left = list(wanted[1])
-    for one in given[1]:  # the first match will do: sameness is transitive
+    for one in given[1]:  # the first match: another could be needed only where some name their values and some do not
         match = next((other for other in left if same(one, other)), None)
         if match is None:
             return False
         left.remove(match)
     return True
+
+
+def _has_value(left: str, value) -> bool:
+    """Whether `left` = `value` gives the value of `left`, as a + b = 5, and is no equation to solve, as 2x = 6, x + 1 = 6 or x + y = 0."""
+    import sympy
+
+    if _is_name(left) or re.search(r"(?<![A-Za-z])[fghEP]'*\(", left):
+        return True
+    try:
+        left = Parser(re.sub(TEXT, "", left)).expression()
+    except Unreadable:  # words, \overline{AB}, \sum
+        return True
+    if not left.free_symbols or isinstance(left, sympy.Symbol | sympy.Function):  # 52_8, |z|
+        return True
+    is_zero = isinstance(value, str) and fraction(bare(value)) == 0
+    return len(left.free_symbols) > 1 and not is_zero and not left.as_coeff_Add()[0] and left.atoms(sympy.Number) <= {1, -1}
 
 
 def _same_value(first: str, second: str) -> bool:
