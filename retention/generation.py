@@ -14,7 +14,7 @@ from retention import cache as cache_lib
 from retention import policies
 from retention.checkpoints import caches
 from retention.model import Model
-from retention.names import is_whole
+from retention.names import check_seed, is_whole
 from retention.rows import Rows, Stats
 
 
@@ -34,8 +34,7 @@ def check_sampling(max_new_tokens, temperature, top_p, seed) -> None:
         raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature!r}")
     if not isinstance(top_p, numbers.Real) or not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")
-    if not is_whole(seed) or seed >= 2**32:
-        raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, got {seed!r}")
+    check_seed(seed)
 
 
 def check_text(model: Model, text: str, name: str) -> None:

@@ -1,4 +1,4 @@
-"""A name that is not known is answered with the nearest that are; what a whole number is, and any number above 0."""
+"""A name that is not known is answered with the nearest that are; what a whole number is, any number above 0, and a seed."""
 
 import difflib
 import math
@@ -23,3 +23,23 @@ def is_whole(value, least: int = 0) -> bool:
 def is_positive(value) -> bool:
     """Whether `value` is a finite number above 0; True is none."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def check_seed(seed) -> None:
+    """Raises ValueError for what is no seed of a uint32."""
+    if not is_whole(seed) or seed >= 2**32:
+        raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, got {seed!r}")
+
+
+def whole_entry(file, key: str, value) -> int:
+    """The value of a model file's entry, a whole number of at least 1. Raises ValueError for any other."""
+    if not is_whole(value, 1):
+        raise ValueError(f"{file} has {key} = {value!r}, which must be a whole number of at least 1")
+    return value
+
+
+def positive_entry(file, key: str, value) -> float:
+    """The value of a model file's entry, a number above 0. Raises ValueError for any other."""
+    if not is_positive(value):
+        raise ValueError(f"{file} has {key} = {value!r}, which must be a number above 0")
+    return value

@@ -10,7 +10,7 @@ import numpy as np
 
 from retention.checkpoints.stacking import stack
 from retention.model import Config, RopeScaling, rope_frequencies
-from retention.names import is_positive, is_whole
+from retention.names import positive_entry, whole_entry
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
@@ -121,14 +121,10 @@ def _config(metadata: dict[str, Any], tensors: dict[str, gguf.ReaderTensor], pat
         return found
 
     def whole(key: str, default: Any = None) -> int:
-        if not is_whole(found := value(key, default), 1):
-            raise ValueError(f"{path} has {architecture}.{key} = {found!r}, which must be a whole number of at least 1")
-        return found
+        return whole_entry(path, f"{architecture}.{key}", value(key, default))
 
     def positive(key: str, default: Any = None) -> float:
-        if not is_positive(found := value(key, default)):
-            raise ValueError(f"{path} has {architecture}.{key} = {found!r}, which must be a number above 0")
-        return found
+        return positive_entry(path, f"{architecture}.{key}", value(key, default))
 
     if value("expert_count", 0):
         raise NotImplementedError(f"{path} holds a mixture of experts, which is not supported")
@@ -179,8 +175,7 @@ def _rope_scaling(metadata: dict[str, Any], architecture: str, max_positions: in
         return None
     if kind not in ("linear", "yarn"):
         raise NotImplementedError(f"{path} uses {prefix}type = {kind!r}; supported are linear and yarn")
-    if not is_positive(factor):
-        raise ValueError(f"{path} has {prefix}factor = {factor!r}, which must be a number above 0")
+    positive_entry(path, f"{prefix}factor", factor)
     found.pop("finetuned", None)
     scaling = RopeScaling(
         kind=kind,

@@ -12,7 +12,7 @@ import numpy as np
 
 from retention.checkpoints.stacking import stack
 from retention.model import Config, RopeScaling
-from retention.names import is_positive, is_whole
+from retention.names import is_positive, positive_entry, whole_entry
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
 
@@ -147,14 +147,10 @@ def _config(entries: dict[str, Any], path: pathlib.Path) -> Config:
         raise NotImplementedError(f"{path} asks for {what}, which is not supported")
 
     def whole(key: str, default: Any = None) -> int:
-        if not is_whole(found := value(key, default), 1):
-            raise ValueError(f"{path} has {key} = {found!r}, which must be a whole number of at least 1")
-        return found
+        return whole_entry(path, key, value(key, default))
 
     def positive(key: str, default: Any = None) -> float:
-        if not is_positive(found := value(key, default)):
-            raise ValueError(f"{path} has {key} = {found!r}, which must be a number above 0")
-        return float(found)
+        return float(positive_entry(path, key, value(key, default)))
 
     model_type = value("model_type")
     if model_type not in MODEL_TYPES:

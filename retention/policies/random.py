@@ -6,7 +6,7 @@ An entry's score is a hash of (seed, stream, position), drawn when it is written
 import jax
 import jax.numpy as jnp
 
-from retention.names import is_whole
+from retention.names import check_seed
 from retention.policies.base import Policy, Written
 
 
@@ -23,8 +23,7 @@ def score(stat: jax.Array, position: jax.Array, seen: jax.Array) -> jax.Array:
 
 def policy(seed: int = 0) -> Policy:
     """Raises ValueError for a seed that is none."""
-    if not is_whole(seed) or seed >= 2**32:
-        raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, got {seed!r}")
+    check_seed(seed)
 
     def stat(written: Written) -> jax.Array:
         row = _mix(written.stream.astype(jnp.uint32) + _mix(jnp.uint32(seed)))
