@@ -90,14 +90,14 @@ def plot_scores(rows: Sequence[dict], path: pathlib.Path) -> None:
     lines, own = lines_of(rows), panels(rows)
     figure, axes = grid(len(own))
     for axis, panel in zip(axes, own, strict=True):
-        for number, (name, line) in enumerate(lines.items()):
+        for name, line in lines.items():
             mine = sorted((row for row in line if title(row) == title(panel[0])), key=lambda row: row["budget"] or 0)
             if mine and mine[0]["policy"] == "full":
                 axis.axhline(mine[0][measure_of(mine[0])], color="0.3", linestyle="--", linewidth=1, label=name)
                 if "low" in mine[0]:
                     axis.axhspan(mine[0]["low"], mine[0]["high"], color="0.3", alpha=0.08)
             elif mine:
-                draw_line(axis, "budget", mine, name, number, len(lines))
+                draw_line(axis, "budget", mine, name, list(lines))
         budgets = sorted({row["budget"] for row in panel if row["budget"] is not None})
         axis.set_xscale("log", base=2)
         axis.set_xticks(budgets, [f"{budget:.4g}" for budget in budgets])
@@ -114,15 +114,18 @@ def plot_lengths(rows: Sequence[dict], path: pathlib.Path) -> None:
     tasks: dict[str, list[dict]] = {}
     for row in rows:
         tasks.setdefault(title({**row, "length": None}), []).append(row)
-    own = [(name, budget) for name, task in tasks.items() if len({row["length"] for row in task}) > 1
-           for budget in sorted({row["budget"] for row in task if row["budget"] is not None}, reverse=True)]  # fmt: skip
+    own = {
+        (name, budget): lines_of(sorted((row for row in task if row["budget"] in (budget, None)), key=lambda row: row["length"]))
+        for name, task in tasks.items() if len({row["length"] for row in task}) > 1
+        for budget in sorted({row["budget"] for row in task if row["budget"] is not None}, reverse=True)
+    }  # fmt: skip
     if not own:
         return
     figure, axes = grid(len(own))
-    for axis, (name, budget) in zip(axes, own, strict=True):
-        lines = lines_of(sorted((row for row in tasks[name] if row["budget"] in (budget, None)), key=lambda row: row["length"]))
-        for number, (policy, line) in enumerate(lines.items()):
-            draw_line(axis, "length", line, policy, number, len(lines))
+    drawn = list(dict.fromkeys(policy for lines in own.values() for policy in lines))
+    for axis, ((name, budget), lines) in zip(axes, own.items(), strict=True):
+        for policy, line in lines.items():
+            draw_line(axis, "length", line, policy, drawn)
         lengths = sorted({row["length"] for row in tasks[name]})
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [str(length) for length in lengths])
@@ -141,11 +144,15 @@ def grid(panels: int) -> tuple:
     return figure, axes.flat[:panels]
 
 
-def draw_line(axis, at: str, rows: Sequence[dict], name: str, number: int, count: int) -> None:
-    """Line `number` of `count`: what the rows measure, with 95 % intervals if they have some, against their budget or length, whichever `at` names."""
+def draw_line(axis, at: str, rows: Sequence[dict], name: str, names: Sequence[str]) -> None:
+    """What the rows measure, with 95 % intervals if they have some, against their budget or length, whichever `at` names.
+
+    names: the lines of the whole figure, so that each looks the same in all its panels.
+    """
+    number = names.index(name)
     y = np.array([row[measure_of(row)] for row in rows])
     # Apart by a little, so that intervals do not cover each other.
-    x = np.array([row[at] for row in rows]) * (1 + 0.012 * (number - count / 2))
+    x = np.array([row[at] for row in rows]) * (1 + 0.012 * (number - len(names) / 2))
     errors = [y - [row["low"] for row in rows], [row["high"] for row in rows] - y] if "low" in rows[0] else None
     axis.errorbar(x, y, errors, marker="o", markersize=3, elinewidth=0.6, label=name, **style(name, number))
 

@@ -137,6 +137,20 @@ def test_scores_against_lengths(tmp_path, drawn):
     assert lines[1]["full cache"].get_ydata().tolist() == [0.7, 0.4], "of those who did not know the question"
 
 
+def test_a_line_looks_the_same_in_every_panel(tmp_path, drawn):
+    """The legend stands once for all panels: also for those of tasks that fewer policies did."""
+    rows = [row_of(policy, 0.25, 0.5, "needle", length) for policy in ("knorm", "tova", "window") for length in (1024, 4096)]
+    rows += [row_of("window", 0.25, 0.5, "vt", length) for length in (1024, 4096)]
+    plots.plot_lengths(rows, tmp_path / "lengths.png")
+    plots.plot_scores(rows, tmp_path / "accuracy.png")
+    for figure in drawn:
+        colors = {}
+        for axis in figure.axes:
+            for container in axis.containers:
+                colors.setdefault(container.get_label(), set()).add(container[0].get_color())
+        assert len(colors) == 3 and all(len(own) == 1 for own in colors.values()) and len(set.union(*colors.values())) == 3
+
+
 def test_what_was_kept(tmp_path, drawn):
     def record(policy, budget, kept, near):
         cell = {"task": "needle", "length": 100, "policy": policy, "scope": "global", "budget": budget}
