@@ -152,7 +152,7 @@ def draw_line(axis, at: str, rows: Sequence[dict], name: str, names: Sequence[st
     number = names.index(name)
     y = np.array([row[measure_of(row)] for row in rows])
     # Apart by a little, so that intervals do not cover each other.
-    x = np.array([row[at] for row in rows]) * (1 + 0.012 * (number - len(names) / 2))
+    x = np.array([row[at] for row in rows]) * (1 + 0.1 * (number / len(names) - 0.5))
     errors = [y - [row["low"] for row in rows], [row["high"] for row in rows] - y] if "low" in rows[0] else None
     axis.errorbar(x, y, errors, marker="o", markersize=3, elinewidth=0.6, label=name, **style(name, number))
 
