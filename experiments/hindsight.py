@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from experiments import check_arguments
 from retention.evaluation import hindsight, prose
-from retention.evaluation.harness import batches, check_numbers, inputs, load
+from retention.evaluation.cells import check_numbers
+from retention.evaluation.harness import batches, inputs, load
 from retention.runs import RunFolder, write_table
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The evaluation, a file of configs/.", lock_config=True)

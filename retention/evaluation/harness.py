@@ -5,11 +5,8 @@ as their papers have it; all of them and all their budgets share that reading, a
 `experiments.benchmark --suite=compression`). The others read in chunks, in bounded memory, and evict while they read: their prefill_seconds hold both.
 """
 
-import contextlib
 import dataclasses
 import hashlib
-import itertools
-import numbers
 import pathlib
 import time
 from collections import Counter
@@ -21,112 +18,16 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from retention import cache as cache_lib
-from retention import chat, checkpoints, policies
-from retention.evaluation import plots, prose, tasks
+from retention import chat, checkpoints
+from retention.evaluation import cells, plots, prose, tasks
+from retention.evaluation.cells import Cell, empty_rows, full_cell
 from retention.model import Model
-from retention.names import check_name, is_whole
-from retention.reading import Reading, reader
+from retention.reading import Reading
 from retention.rows import Rows
 from retention.runs import RunFolder, digest, write_table
 from retention.training import text
 
 BINS = 16  # of distance, from the newest token to the oldest
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One entry of the table. length: None where the task has its own. budget: a fraction of the context's tokens or tokens per stream; None: all."""
-
-    task: str
-    length: int | None
-    policy: str
-    scope: str
-    budget: float | int | None
-
-
-def full_cell(task: str, length: int | None) -> Cell:
-    """The full cache's, which the others of the same task and length are compared with."""
-    return Cell(task, length, "full", "global", None)
-
-
-def cells(config: ConfigDict) -> list[Cell]:
-    """For each task and length every policy under each of its scopes at every budget; with config.baselines the full cache and "window" too.
-
-    Raises ValueError for a name that is not known, a number that cannot be, and a config that asks for nothing.
-    """
-    check_numbers(config)
-    for task in config.tasks:
-        tasks.check(task)
-    for name in (*config.policies, *config.one_shot):
-        policies.get(name)
-    for scope in config.scopes:
-        check_name("scope", scope, cache_lib.SCOPES)
-    named = dict.fromkeys((*config.policies, *(("full", "window") if config.baselines else ())))
-    for one, other in itertools.product(config.one_shot, named):
-        if one not in named and other not in config.one_shot and one.partition(":")[0] == other.partition(":")[0]:
-            raise ValueError(f"config.one_shot has {one} and config.policies {other}; give one name, with the same options, to both")
-    table = []
-    for task in config.tasks:
-        for length in config.lengths if tasks.has_length(task) else (None,):
-            if "full" in named:
-                table.append(full_cell(task, length))
-            for name in (name for name in named if name != "full"):
-                scopes = config.scopes or (policies.get(name).scope,)
-                table += [Cell(task, length, name, scope, budget) for scope, budget in itertools.product(scopes, config.budgets)]
-    if not table:
-        raise ValueError("there is nothing to evaluate: config.tasks, config.lengths, config.policies or config.budgets is empty")
-    return list(dict.fromkeys(table))
-
-
-def check_numbers(config: ConfigDict) -> None:
-    """Raises ValueError for a number of the config that is none, or too small."""
-    for name, least in {"samples": 1, "batch_size": 1, "max_new_tokens": 1, "continuation": 2, "seed": 0}.items():
-        if not is_whole(config[name], least):
-            raise ValueError(f"config.{name} must be a whole number of at least {least}, got {config[name]!r}")
-    for length in config.lengths:
-        if not is_whole(length, 1):
-            raise ValueError(f"config.lengths must be whole numbers of tokens, got {length!r}")
-    for budget in config.budgets:
-        if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
-            raise ValueError(f"config.budgets must be fractions of the context's tokens or tokens per stream, got {budget!r}")
-
-
-def empty_rows(config: ConfigDict, model: Model, cell: Cell, batch: int) -> Rows:
-    return Rows(model, batch, cell.budget, cell.policy, cell.scope, config.prefill_chunk, config.sinks, config.window)
-
-
-def check_cells(config: ConfigDict, model: Model, table: Sequence[Cell]) -> None:
-    """Raises ValueError, with the cell, for one that cannot run: a scope that its policy cannot have, a budget below what is always kept, no gates.
-
-    Also for policies of config.one_shot that cannot share a reading, and for local gates under the policy's own scope. A fraction of contexts that are not
-    loaded yet: `check_fractions`.
-    """
-    reader(tuple(policies.get(name) for name in config.one_shot))
-    local = model.gates is not None and model.gates.config.kind == "local"
-    for cell in table:
-        with naming(cell):
-            if local and policies.get(cell.policy).gated and not config.scopes:
-                raise ValueError("these gates are local, each head's scores on a scale of their own; give config.scopes=('head',)")
-            empty_rows(config, model, cell, batch=1)
-
-
-def check_fractions(config: ConfigDict, model: Model, table: Sequence[Cell], shortest: int) -> None:
-    """Raises ValueError, with the cell, for a fraction of the shortest context, in tokens, that is below one token or what is always kept."""
-    for cell in table:
-        with naming(cell):
-            if isinstance(cell.budget, float) and cell.budget * shortest < 1:
-                raise ValueError(f"a fraction of a context must be at least one token of it, and one has {shortest} tokens; give tokens per stream")
-            empty_rows(config, model, cell, batch=1).budgets([shortest])
-
-
-@contextlib.contextmanager
-def naming(cell: Cell) -> Iterator[None]:
-    """A ValueError says at which cell."""
-    try:
-        yield
-    except ValueError as error:
-        budget = "" if cell.budget is None else f" at budget {cell.budget:g}"
-        raise ValueError(f"{cell.task}{f' of {cell.length} tokens' if cell.length else ''}, {cell.policy} ({cell.scope}){budget}: {error}") from None
 
 
 def interval(mean: float, count: int) -> tuple[float, float]:
@@ -140,11 +41,11 @@ def interval(mean: float, count: int) -> tuple[float, float]:
 def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
     """Fills the table; writes metrics.jsonl (a record a question), results.csv, plots and run_meta.json; returns the table's rows.
 
-    What is wrong with the config or a file is found before the first cell: raises as `cells`, `check_cells`, `check_fractions`, `tasks.load`, `RunFolder` do.
+    What is wrong with the config or a file is found before the first cell: raises as the functions of cells.py, `tasks.load` and `RunFolder` do.
     """
-    table = cells(config)
+    table = cells.table(config)
     model, texts = load(config, config.gates)
-    check_cells(config, model, table)
+    cells.check(config, model, table)
     run = RunFolder(workdir, config, program="evaluate", **inputs(model, texts))
     drop_cut_batches(run, config)
     done = {(Cell(**record["cell"]), record["sample"]) for record in run.metrics()}
@@ -154,7 +55,7 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
             missing.setdefault((cell.task, cell.length), []).append(cell)
     loaded = {(task, length): (prose_task if task == "prose" else asking_task)(config, model, texts, task, length) for task, length in missing}
     for key, group in missing.items():
-        check_fractions(config, model, group, loaded[key].shortest())
+        cells.check_fractions(config, model, group, loaded[key].shortest())
     with tqdm(total=len(table) * config.samples, initial=len(done), unit="sample", desc="evaluating", smoothing=0) as progress:
         for (task, length), group in missing.items():
             for batch in batches(config):
@@ -395,7 +296,7 @@ def summarise(config: ConfigDict, cell: Cell, records: list[dict], full: list[di
         row[name] = round(float(np.mean([record[name] for record in later or records])), 4)
     if "score" in row:
         row |= dict(zip(("low", "high"), (round(x, 4) for x in interval(row["score"], samples)), strict=True))
-        if full:
+        if full and cell.policy != "full":
             theirs = by_sample(full)
             pairs = [(score, theirs[sample]) for sample, score in by_sample(records).items()]
             row |= {"above_full": sum(own > whole for own, whole in pairs), "below_full": sum(own < whole for own, whole in pairs)}

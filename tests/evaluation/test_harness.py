@@ -19,7 +19,7 @@ from configs import eval_leaderboard, eval_needles, eval_prose, eval_reasoning, 
 from retention import policies, runs
 from retention.chat import ASK, END, USER, encoder
 from retention.checkpoints import gates as gates_file
-from retention.evaluation import harness, needles, prose, tasks
+from retention.evaluation import cells, harness, needles, prose, tasks
 from retention.rows import Rows
 from retention.runs import RunFolder
 from tests import tiny
@@ -84,13 +84,13 @@ def test_the_last_batch_may_be_smaller(folder):
 
 
 def test_the_full_cache_and_the_window_are_there_unless_the_config_says_otherwise(folder):
-    table = harness.cells(config_of(folder, lengths=(310, 620), budgets=(0.5, 0.25), scopes=("global", "layer"), policies=("full", "retention", "retention")))
+    table = cells.table(config_of(folder, lengths=(310, 620), budgets=(0.5, 0.25), scopes=("global", "layer"), policies=("full", "retention", "retention")))
     assert len(table) == len(set(table)) == 3 * 2 * (1 + 2 * 2 * 2)
     assert {cell.policy for cell in table} == {"full", "retention", "window"}
     assert sum(cell.policy == "full" for cell in table) == 3 * 2
-    bare = harness.cells(config_of(folder, lengths=(310,), policies=("retention",), baselines=False))
-    assert {cell.policy for cell in bare} == {"retention"} and set(bare) < set(harness.cells(config_of(folder, lengths=(310,), policies=("retention",))))
-    own = harness.cells(config_of(folder, tasks=("gsm8k",), policies=policies.names()))
+    bare = cells.table(config_of(folder, lengths=(310,), policies=("retention",), baselines=False))
+    assert {cell.policy for cell in bare} == {"retention"} and set(bare) < set(cells.table(config_of(folder, lengths=(310,), policies=("retention",))))
+    own = cells.table(config_of(folder, tasks=("gsm8k",), policies=policies.names()))
     assert all(cell.length is None and cell.scope == policies.get(cell.policy).scope for cell in own)
 
 
@@ -261,14 +261,14 @@ def test_policies_and_budgets_share_a_reading(folder, model, monkeypatch):
     monkeypatch.setattr(harness, "Reading", lambda *arguments: readings.append(arguments[1]) or read(*arguments))
     config = config_of(folder, policies=("keydiff", "retention"), one_shot=("keydiff", "window"), budgets=(0.25, 0.5))
     contexts = [list(range(3, 303)), list(range(40, 320))]
-    cells = [cell for cell in harness.cells(config) if cell.task == "prose"]
+    wanted = [cell for cell in cells.table(config) if cell.task == "prose"]
     seconds = {}
-    for cell, rows, seconds[cell] in harness.Reader(config, model).rows(cells, contexts):
+    for cell, rows, seconds[cell] in harness.Reader(config, model).rows(wanted, contexts):
         held = [int((cell.budget or 1) * len(context)) * STREAMS for context in contexts]
         assert [harness.held(rows, row)["kept_entries"] for row in (0, 1)] == held
-    assert set(seconds) == set(cells) and readings == [["keydiff", "window"]]
+    assert set(seconds) == set(wanted) and readings == [["keydiff", "window"]]
     for policy in config.one_shot:
-        shared = [seconds[cell] for cell in cells if cell.policy == policy]
+        shared = [seconds[cell] for cell in wanted if cell.policy == policy]
         assert len({one["prefill_seconds"] for one in shared}) == 1 and all(one["evict_seconds"] > 0 for one in shared), "each is charged for all of it"
 
 
@@ -332,7 +332,7 @@ def test_what_is_wrong_is_said_before_the_first_cell(folder, tmp_path, changes, 
 
 def test_samples_are_paired_with_the_full_caches(folder):
     """Three samples of two questions, in another order: one better, one worse, one that gains an answer and loses one."""
-    cell = harness.Cell("needle4", 310, "window", "global", 0.25)
+    cell = cells.Cell("needle4", 310, "window", "global", 0.25)
 
     def records(scores):
         return [{"sample": sample, "question": i, "questions": 2, "score": score} for sample, pair in scores.items() for i, score in enumerate(pair)]
@@ -345,7 +345,7 @@ def test_samples_are_paired_with_the_full_caches(folder):
 
 def test_seconds_are_of_batches_that_compile_nothing(folder):
     """Of batches of 2, 2 and 1 the first and the last, which is smaller, compile."""
-    cell = harness.Cell("needle", 310, "window", "global", 0.25)
+    cell = cells.Cell("needle", 310, "window", "global", 0.25)
     records = [{"sample": i, "question": 0, "questions": 1, "score": 1.0, "decode_seconds": s} for i, s in enumerate((9.0, 9.0, 1.0, 3.0, 9.0))]
     for count, wanted in ((5, 2.0), (4, 2.0), (3, 19 / 3), (2, 9.0)):
         assert harness.summarise(config_of(folder), cell, records[:count], None)["decode_seconds"] == pytest.approx(wanted, abs=1e-4)
@@ -357,7 +357,7 @@ def test_rows_say_how_a_context_was_read(folder):
         (64, "retention", "needle", ("chunks of 64", True)), (None, "retention", "needle", ("one-shot", True)), (64, "window", "prose", ("one-shot", False)),
     ):  # fmt: skip
         config = config_of(folder, prefill_chunk=chunk, question_seen=True)
-        row = harness.summarise(config, harness.Cell(task, 310, policy, "global", 0.25), records, None)
+        row = harness.summarise(config, cells.Cell(task, 310, policy, "global", 0.25), records, None)
         assert (row["prefill"], row["question_seen"]) == wanted
 
 
@@ -365,9 +365,9 @@ def test_local_gates_want_their_scope(folder, model):
     local = dataclasses.replace(model, gates=dataclasses.replace(model.gates, config=dataclasses.replace(model.gates.config, kind="local")))
     config = config_of(folder)
     with pytest.raises(ValueError, match=r"needle4 of 310 tokens, retention \(global\) at budget 0.25: these gates are local, .* config.scopes=\('head',\)"):
-        harness.check_cells(config, local, harness.cells(config))
+        cells.check(config, local, cells.table(config))
     config = config_of(folder, scopes=("head",))
-    harness.check_cells(config, local, harness.cells(config))
+    cells.check(config, local, cells.table(config))
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def test_each_config_says_how_to_run_it_and_names_what_there_is(module):
     name = pathlib.Path(module.__file__).name
     assert f"--config=configs/{name} --workdir=" in module.__doc__ and re.search(r"minutes|hours", module.__doc__)
     assert set(config.keys()) == set(eval_needles.get_config().keys())
-    assert {cell.policy for cell in harness.cells(config)} == {"full", "window", *config.policies}
+    assert {cell.policy for cell in cells.table(config)} == {"full", "window", *config.policies}
     assert set(config.one_shot) <= set(config.policies)
 
 
