@@ -35,7 +35,6 @@ def gates_and_scores(config: ConfigDict, variant: str, seed: int, folder: pathli
     train(training, folder)
     evaluation = config.evaluate.copy_and_resolve_references()
     evaluation.gates = str(folder / "gates.safetensors")
-    evaluation.scopes = ("head",) if training.gate.kind == "local" else ()
     return evaluate(evaluation, folder / "evaluation")
 
 

@@ -87,8 +87,7 @@ class Rows:
         if not isinstance(policy, policies.Policy):
             raise ValueError(f"policy must be one of {', '.join(policies.names())}, or a Policy, got {policy!r}")
         trained = model.gates
-        if scope is None:  # local gates' scores have no scale in common
-            scope = "head" if policy.gated and trained and trained.config.kind == "local" else policy.scope
+        scope = policy.own_scope(trained) if scope is None else scope
         check_name("scope", scope, cache_lib.SCOPES)
         if scope not in policy.scopes:
             raise ValueError(f"this policy makes no sense under scope={scope!r}; its scope may be {' or '.join(policy.scopes)}")

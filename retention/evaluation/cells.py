@@ -19,12 +19,13 @@ from retention.rows import Rows
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One entry of the table. length: None where the task has its own. budget: a fraction of the context's tokens or tokens per stream; None: all."""
+    """One entry of the table. length: None where the task has its own. scope: None for the policy's own, until `scoped`. budget: a fraction of the
+    context's tokens or tokens per stream; None: all."""
 
     task: str
     length: int | None
     policy: str
-    scope: str
+    scope: str | None
     budget: float | int | None
 
 
@@ -55,11 +56,15 @@ def table(config: ConfigDict) -> list[Cell]:
             if "full" in named:
                 cells.append(full_cell(task, length))
             for name in (name for name in named if name != "full"):
-                scopes = config.scopes or (policies.get(name).scope,)
-                cells += [Cell(task, length, name, scope, budget) for scope, budget in itertools.product(scopes, config.budgets)]
+                cells += [Cell(task, length, name, scope, budget) for scope, budget in itertools.product(config.scopes or (None,), config.budgets)]
     if not cells:
         raise ValueError("there is nothing to evaluate: config.tasks, config.lengths, config.policies or config.budgets is empty")
     return list(dict.fromkeys(cells))
+
+
+def scoped(cells: Sequence[Cell], model: Model) -> list[Cell]:
+    """The cells, those without a scope with the one that their policy has with the model's gates."""
+    return [dataclasses.replace(cell, scope=cell.scope or policies.get(cell.policy).own_scope(model.gates)) for cell in cells]
 
 
 def check_numbers(config: ConfigDict) -> None:
@@ -82,15 +87,11 @@ def empty_rows(config: ConfigDict, model: Model, cell: Cell, batch: int) -> Rows
 def check(config: ConfigDict, model: Model, cells: Sequence[Cell]) -> None:
     """Raises ValueError, with the cell, for one that cannot run: a scope that its policy cannot have, a budget below what is always kept, no gates.
 
-    Also for policies of config.one_shot that cannot share a reading, and for local gates under the policy's own scope. A fraction of contexts that are not
-    loaded yet: `check_fractions`.
+    Also for policies of config.one_shot that cannot share a reading. A fraction of contexts that are not loaded yet: `check_fractions`.
     """
     reader(tuple(policies.get(name) for name in config.one_shot))
-    local = model.gates is not None and model.gates.config.kind == "local"
     for cell in cells:
         with naming(cell):
-            if local and policies.get(cell.policy).gated and not config.scopes:
-                raise ValueError("these gates are local, each head's scores on a scale of their own; give config.scopes=('head',)")
             empty_rows(config, model, cell, batch=1)
 
 

@@ -45,6 +45,7 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
     """
     table = cells.table(config)
     model, texts = load(config, config.gates)
+    table = cells.scoped(table, model)
     cells.check(config, model, table)
     run = RunFolder(workdir, config, program="evaluate", **inputs(model, texts))
     drop_cut_batches(run, config)

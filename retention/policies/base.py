@@ -100,3 +100,7 @@ class Policy:
                 raise ValueError(f"a policy's {name} must be a whole number of tokens, 0 or more, got {value!r}")
         if not isinstance(self.scopes, tuple) or self.scope not in self.scopes:
             raise ValueError(f"a policy's scopes must be a tuple that holds its scope, {self.scope!r}, got {self.scopes!r}")
+
+    def own_scope(self, gates) -> str:
+        """What competes for what under a model's gates (None: it has none) unless the user says otherwise: local ones have no scale in common."""
+        return "head" if self.gated and gates is not None and gates.config.kind == "local" else self.scope
