@@ -1,7 +1,7 @@
 """A leaderboard from run folders: python -m experiments.report --runs=runs/leaderboard,runs/other --out=experiments/leaderboard.
 
-Writes leaderboard.md, a table for each model, task and length, and the runs that they come from, leaderboard.png,
-and lengths.png if a task was run at several.
+Writes leaderboard.md, a table for each model, task and length, and the runs that they come from, leaderboard.png, and lengths.png if a task was run at
+several. With --columns=retention,kvzip a table of all tasks stands first, with a column for each of these policies and one for the best of the others.
 """
 
 import csv
@@ -16,6 +16,7 @@ from retention.evaluation.report import leaderboard
 
 RUNS = flags.DEFINE_list("runs", None, "Run folders of experiments.evaluate, finished ones.")
 OUT = flags.DEFINE_string("out", None, "The folder to write into.")
+COLUMNS = flags.DEFINE_list("columns", [], "Policies with columns of their own in one table of all tasks; none: no such table.")
 flags.mark_flags_as_required(["runs", "out"])
 
 
@@ -33,7 +34,7 @@ def main(argv):
             runs.append((str(folder), config, meta, list(csv.DictReader(file))))
     out = pathlib.Path(OUT.value)
     out.mkdir(parents=True, exist_ok=True)
-    text, rows = leaderboard(runs)
+    text, rows = leaderboard(runs, COLUMNS.value)
     (out / "leaderboard.md").write_text(text)
     plot_scores(rows, out / "leaderboard.png")
     plot_lengths(rows, out / "lengths.png")

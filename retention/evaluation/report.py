@@ -24,15 +24,15 @@ def typed(row: dict[str, str]) -> dict:
     return out
 
 
-def leaderboard(runs: Sequence[tuple[str, dict, dict, Sequence[dict[str, str]]]]) -> tuple[str, list[dict]]:
+def leaderboard(runs: Sequence[tuple[str, dict, dict, Sequence[dict[str, str]]]], columns: Sequence[str] = ()) -> tuple[str, list[dict]]:
     """Markdown, and the rows in it with their numbers, from (name, config.json, run_meta.json, rows of results.csv) of each run.
 
-    A table for each model, task and length: the full cache, then the policies, best at the smallest budget first, with score (prose: KL), 95 %
-    interval and, where results.csv has them, the counts against the full cache at each budget, and the cost at the smallest: seconds a context to read
-    and compress it, to answer, and the cache's MB. Then each run's commit, seed, hardware and command.
+    With `columns`, `summary` first. Then a table for each model, task and length: the full cache, then the policies, best at the smallest budget first,
+    with score (prose: KL), 95 % interval and, where results.csv has them, the counts against the full cache at each budget, and the cost at the
+    smallest: seconds a context to read and compress it, to answer, and the cache's MB. Then each run's commit, seed, hardware and command.
     """
     rows = [{**typed(row), "model": config["model"], "run": name} for name, config, _, table in runs for row in table]
-    parts = ["# Leaderboard", "", SHARED, ""]
+    parts = ["# Leaderboard", "", *(summary(rows, columns) if columns else ()), SHARED, ""]
     for own in panels(rows):
         parts += _table(own)
     parts += ["| run | commit | seed | hardware | command |", "|---|---|---|---|---|"]
@@ -40,6 +40,33 @@ def leaderboard(runs: Sequence[tuple[str, dict, dict, Sequence[dict[str, str]]]]
         hardware = meta["host"] if "cpu" in meta["device"] else meta["device"]
         parts.append(f"| {name} | {meta['commit']} | {meta['seed']} | {hardware} | `{meta['command']}` |")
     return "\n".join(parts) + "\n", rows
+
+
+def summary(rows: Sequence[dict], columns: Sequence[str]) -> list[str]:
+    """The lines of one table of all tasks that are scored: the full cache, the policies of `columns`, and the best of all others at each budget that all
+    tasks have. Raises ValueError if there is no such budget."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))  # those of one task one below the other
+    scored = sorted((own for own in panels(rows) if measure_of(own[0]) == "score"), key=lambda own: tasks.index(own[0]["task"]))
+    budgets = sorted(set.intersection(*({row["budget"] for row in own} - {None} for own in scored)), reverse=True) if scored else []
+    if not budgets:
+        raise ValueError("--columns asks for a table of all tasks, but these runs have no budget in common; leave it out, or give runs of the same budgets")
+
+    def cell(scores: dict) -> str:
+        return " / ".join(f"{scores[budget]:.3f}" if budget in scores else "-" for budget in budgets)
+
+    one_model = len({row["model"] for row in rows}) == 1
+    head = ["score with " + " / ".join(f"{budget:.4g}" for budget in budgets), "full cache", *columns, "best of the others", "others"]
+    table = [head, ["---"] * len(head)]
+    for own in scored:
+        scores: dict[str, dict] = {name: {} for name in columns}  # by policy and budget; of several runs the first's
+        for row in own:
+            scores.setdefault(row["policy"], {}).setdefault(row["budget"], row["score"])
+        full = scores.pop("full", {}).get(None)
+        named, others = [scores.pop(name) for name in columns], scores.values()
+        best = {budget: max(found) for budget in budgets if (found := [mine[budget] for mine in others if budget in mine])}
+        name = title({**own[0], "model": ""} if one_model else own[0])
+        table.append([name, "" if full is None else f"{full:.3f}", *map(cell, (*named, best)), str(len(others))])
+    return [*("| " + " | ".join(line) + " |" for line in table), ""]
 
 
 def _table(rows: list[dict]) -> list[str]:
