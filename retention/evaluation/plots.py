@@ -109,15 +109,16 @@ def plot_scores(rows: Sequence[dict], path: pathlib.Path) -> None:
 def plot_lengths(rows: Sequence[dict], path: pathlib.Path) -> None:
     """A panel a task and budget: score (of prose KL) against the context's length, a line a policy and scope with 95 % intervals, the full cache in each.
 
-    Of tasks that rows have at several lengths; without one there is no picture. Runs as in `plot_scores`.
+    Of tasks and budgets that rows have at several lengths; without one there is no picture. Runs as in `plot_scores`.
     """
     tasks: dict[str, list[dict]] = {}
     for row in rows:
         tasks.setdefault(title({**row, "length": None}), []).append(row)
     own = {
         (name, budget): lines_of(sorted((row for row in task if row["budget"] in (budget, None)), key=lambda row: row["length"]))
-        for name, task in tasks.items() if len({row["length"] for row in task}) > 1
+        for name, task in tasks.items()
         for budget in sorted({row["budget"] for row in task if row["budget"] is not None}, reverse=True)
+        if len({row["length"] for row in task if row["budget"] == budget}) > 1
     }  # fmt: skip
     if not own:
         return

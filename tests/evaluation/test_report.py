@@ -147,12 +147,13 @@ def test_scores_against_lengths(tmp_path, drawn):
     """One picture for what several runs have at several lengths; none where every task has one."""
     plots.plot_lengths(FIRST, tmp_path / "lengths.png")
     assert not drawn and not (tmp_path / "lengths.png").exists()
-    longer = [row_of("retention", 0.25, 0.6, length=4096), row_of("full", None, 0.4, length=4096), row_of("full", None, 0.5, question_seen=True)]
+    longer = [row_of("retention", 0.25, 0.6, length=4096), row_of("retention", 0.125, 0.5, length=4096), row_of("full", None, 0.4, length=4096)]
+    longer += [row_of("full", None, 0.5, question_seen=True), row_of("retention", 0.0625, 0.3)]  # the latter at one length alone
     plots.plot_lengths([*FIRST, *longer], tmp_path / "lengths.png")
     assert [axis.get_title() for axis in drawn[0].axes] == ["needle, budget 0.25", "needle, budget 0.125"]
     lines = [{container.get_label(): container[0] for container in axis.containers} for axis in drawn[0].axes]
     assert [set(own) for own in lines] == 2 * [{"full cache", "window (global)", "retention (global)"}]
-    assert lines[0]["retention (global)"].get_ydata().tolist() == [0.8, 0.6] and lines[1]["retention (global)"].get_ydata().tolist() == [0.75]
+    assert lines[0]["retention (global)"].get_ydata().tolist() == [0.8, 0.6] and lines[1]["retention (global)"].get_ydata().tolist() == [0.75, 0.5]
     assert lines[0]["retention (global)"].get_xdata() == pytest.approx([1024, 4096], rel=0.05)
     assert lines[1]["full cache"].get_ydata().tolist() == [0.7, 0.4], "of those who did not know the question"
 
