@@ -55,7 +55,7 @@ def summary(rows: Sequence[dict], columns: Sequence[str]) -> list[str]:
         return " / ".join(f"{scores[budget]:.3f}" if budget in scores else "-" for budget in budgets)
 
     one_model = len({row["model"] for row in rows}) == 1
-    head = ["score with " + " / ".join(f"{budget:.4g}" for budget in budgets), "full cache", *columns, "best of the others", "others"]
+    head = ["scores at budgets " + " / ".join(f"{budget:.4g}" for budget in budgets), "full cache", *columns, "best of the others", "others"]
     table = [head, ["---"] * len(head)]
     for own in scored:
         scores: dict[str, dict] = {name: {} for name in columns}  # by policy and budget; of several runs the first's

@@ -79,14 +79,14 @@ def test_one_table_of_all_tasks(tmp_path):
     second = write_run(tmp_path / "b", [row_of(*row) for row in more])
     text, _ = leaderboard([first, second], ["retention", "kvzip"])
     head, _, *lines = [line for line in text.split("## ")[0].splitlines() if line.startswith("| ")]
-    assert head == "| score with 0.25 | full cache | retention | kvzip | best of the others | others |", "0.125 is not of all tasks"
+    assert head == "| scores at budgets 0.25 | full cache | retention | kvzip | best of the others | others |", "0.125 is not of all tasks"
     # prose has no score; of two runs of the window the first counts
     assert lines == [
         "| needle, 1024 tokens | 0.700 | 0.800 | - | 0.300 | 2 |",
         "| needle, 4096 tokens |  | - | 0.400 | - | 0 |",
         "| vt, 1024 tokens | 0.300 | - | - | 0.200 | 1 |",
     ]
-    assert "score with" not in leaderboard([first, second])[0]
+    assert "scores at" not in leaderboard([first, second])[0]
     other = write_run(tmp_path / "c", [row_of("window", 0.5, 0.1, "cwe")])
     for runs in ([first, other], [write_run(tmp_path / "d", [row_of("window", 0.5, 0.1, "prose")])]):
         with pytest.raises(ValueError, match="--columns asks for a table of all tasks, but these runs have no budget in common"):
