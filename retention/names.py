@@ -5,14 +5,18 @@ import math
 import numbers
 from collections.abc import Collection
 
+FEW = 20  # names that a sentence can hold beside the nearest
+
 
 def check_name(kind: str, name: str, known: Collection[str]) -> None:
-    """Raises ValueError, in one sentence with the nearest names and all, unless `name`, the name of a `kind`, is known."""
+    """Raises ValueError, in one sentence with the nearest names, and all if none is near or they are few, unless `name`, of a `kind`, is known."""
     text = isinstance(name, str)
     if not text or name not in known:
         near = difflib.get_close_matches(name, known) if text else []
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(f"unknown {kind} {name!r}: {hint}known are {', '.join(known)}")
+        hints = [f"did you mean {' or '.join(near)}?"] if near else []
+        if not near or len(known) <= FEW:
+            hints.append(f"known are {', '.join(known)}")
+        raise ValueError(f"unknown {kind} {name!r}: {' '.join(hints)}")
 
 
 def is_whole(value, least: int = 0) -> bool:

@@ -24,6 +24,14 @@ def test_unknown_names(name, message):
             names.check_name("scope", name, known)
 
 
+def test_of_many_names_only_the_nearest_are_said():
+    many = [f"task_{i}" for i in range(names.FEW)] + ["window"]
+    with pytest.raises(ValueError, match=r"^unknown task 'windw': did you mean window\?$"):
+        names.check_name("task", "windw", many)
+    with pytest.raises(ValueError, match="^unknown task 'xyz': known are task_0, .*, window$"):
+        names.check_name("task", "xyz", many)
+
+
 def test_numbers():
     assert names.is_whole(np.int32(3), 3) and not any(names.is_whole(one, 3) for one in (2, 3.0, "3", True, None))
     assert names.is_positive(np.float32(0.5)) and names.is_positive(3)
