@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from retention.evaluation.plots import label, measure_of, panels, title
+from retention.names import check_name
 
 NUMBERS = (
     "score", "low", "high", "above_full", "below_full", "kl", "loss",
@@ -44,12 +45,14 @@ def leaderboard(runs: Sequence[tuple[str, dict, dict, Sequence[dict[str, str]]]]
 
 def summary(rows: Sequence[dict], columns: Sequence[str]) -> list[str]:
     """The lines of one table of all tasks that are scored: the full cache, the policies of `columns`, and the best of all others at each budget that all
-    tasks have. Raises ValueError if there is no such budget."""
+    tasks have. Of several runs, and in the columns of several scopes, the first counts. Raises ValueError if there is no such budget, or policy."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))  # those of one task one below the other
     scored = sorted((own for own in panels(rows) if measure_of(own[0]) == "score"), key=lambda own: tasks.index(own[0]["task"]))
     budgets = sorted(set.intersection(*({row["budget"] for row in own} - {None} for own in scored)), reverse=True) if scored else []
     if not budgets:
         raise ValueError("--columns asks for a table of all tasks, but these runs have no budget in common; leave it out, or give runs of the same budgets")
+    for name in columns:
+        check_name("policy in these runs", name, sorted({row["policy"] for row in rows} - {"full"}))
 
     def cell(scores: dict) -> str:
         return " / ".join(f"{scores[budget]:.3f}" if budget in scores else "-" for budget in budgets)
@@ -58,11 +61,12 @@ def summary(rows: Sequence[dict], columns: Sequence[str]) -> list[str]:
     head = ["scores at budgets " + " / ".join(f"{budget:.4g}" for budget in budgets), "full cache", *columns, "best of the others", "others"]
     table = [head, ["---"] * len(head)]
     for own in scored:
-        scores: dict[str, dict] = {name: {} for name in columns}  # by policy and budget; of several runs the first's
+        scores: dict[tuple, dict] = {}  # by policy and scope, then by budget
         for row in own:
-            scores.setdefault(row["policy"], {}).setdefault(row["budget"], row["score"])
-        full = scores.pop("full", {}).get(None)
-        named, others = [scores.pop(name) for name in columns], scores.values()
+            scores.setdefault((row["policy"], row["scope"]), {}).setdefault(row["budget"], row["score"])
+        first = {policy: mine for (policy, _), mine in reversed(scores.items())}
+        named, full = [first.get(name, {}) for name in columns], first.get("full", {}).get(None)
+        others = [mine for (policy, _), mine in scores.items() if policy not in ("full", *columns)]
         best = {budget: max(found) for budget in budgets if (found := [mine[budget] for mine in others if budget in mine])}
         name = title({**own[0], "model": ""} if one_model else own[0])
         table.append([name, "" if full is None else f"{full:.3f}", *map(cell, (*named, best)), str(len(others))])

@@ -91,6 +91,9 @@ def test_one_table_of_all_tasks(tmp_path):
     for runs in ([first, other], [write_run(tmp_path / "d", [row_of("window", 0.5, 0.1, "prose")])]):
         with pytest.raises(ValueError, match="--columns asks for a table of all tasks, but these runs have no budget in common"):
             leaderboard(runs, ["retention"])
+    for name in ("retension", "full"):
+        with pytest.raises(ValueError, match=f"unknown policy in these runs '{name}': .*retention"):
+            leaderboard([first, second], [name])
 
 
 def test_the_program(tmp_path):
