@@ -88,6 +88,7 @@ def plot_scores(rows: Sequence[dict], path: pathlib.Path) -> None:
     Where several runs have the same policy in the same panel, each run has lines of its own.
     """
     lines, own = lines_of(rows), panels(rows)
+    names = list(lines)
     figure, axes = grid(len(own))
     for axis, panel in zip(axes, own, strict=True):
         for name, line in lines.items():
@@ -97,7 +98,7 @@ def plot_scores(rows: Sequence[dict], path: pathlib.Path) -> None:
                 if "low" in mine[0]:
                     axis.axhspan(mine[0]["low"], mine[0]["high"], color="0.3", alpha=0.08)
             elif mine:
-                draw_line(axis, "budget", mine, name, list(lines))
+                draw_line(axis, "budget", mine, name, names)
         budgets = sorted({row["budget"] for row in panel if row["budget"] is not None})
         axis.set_xscale("log", base=2)
         axis.set_xticks(budgets, [f"{budget:.4g}" for budget in budgets])

@@ -1,6 +1,6 @@
 """Tables from evaluations: what experiments.report writes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from retention.evaluation.plots import label, measure_of, panels, title
 from retention.names import check_name
@@ -36,10 +36,11 @@ def leaderboard(runs: Sequence[tuple[str, dict, dict, Sequence[dict[str, str]]]]
     parts = ["# Leaderboard", "", *(summary(rows, columns) if columns else ()), SHARED, ""]
     for own in panels(rows):
         parts += _table(own)
-    parts += ["| run | commit | seed | hardware | command |", "|---|---|---|---|---|"]
+    made = []
     for name, _, meta, _ in runs:
         hardware = meta["host"] if "cpu" in meta["device"] else meta["device"]
-        parts.append(f"| {name} | {meta['commit']} | {meta['seed']} | {hardware} | `{meta['command']}` |")
+        made.append([name, meta["commit"], str(meta["seed"]), hardware, f"`{meta['command']}`"])
+    parts += _markdown(["run", "commit", "seed", "hardware", "command"], made)
     return "\n".join(parts) + "\n", rows
 
 
@@ -59,7 +60,7 @@ def summary(rows: Sequence[dict], columns: Sequence[str]) -> list[str]:
 
     one_model = len({row["model"] for row in rows}) == 1
     head = ["scores at budgets " + " / ".join(f"{budget:.4g}" for budget in budgets), "full cache", *columns, "best of the others", "others"]
-    table = [head, ["---"] * len(head)]
+    table = []
     for own in scored:
         scores: dict[tuple, dict] = {}  # by policy and scope, then by budget
         for row in own:
@@ -70,7 +71,12 @@ def summary(rows: Sequence[dict], columns: Sequence[str]) -> list[str]:
         best = {budget: max(found) for budget in budgets if (found := [mine[budget] for mine in others if budget in mine])}
         name = title({**own[0], "model": ""} if one_model else own[0])
         table.append([name, "" if full is None else f"{full:.3f}", *map(cell, (*named, best)), str(len(others))])
-    return [*("| " + " | ".join(line) + " |" for line in table), ""]
+    return [*_markdown(head, table), ""]
+
+
+def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines)]
 
 
 def _table(rows: list[dict]) -> list[str]:
@@ -103,10 +109,9 @@ def _table(rows: list[dict]) -> list[str]:
     full = [(key, cells) for key, cells in lines.items() if None in cells]
     order = full + sorted(((key, cells) for key, cells in lines.items() if None not in cells), key=lambda item: rank(item[1]))
     head = ["policy (scope)", "read", *(f"{budget:.4g}" for budget in budgets), "read + compress s", "answer s", "MB", "contexts", "run"]
-    table = [head, ["---"] * len(head), *(line(*key, cells) for key, cells in order)]
     what = "KL to the full cache, nats"
     if measure == "score":
         what = "Score and its 95 % interval"
         if any("above_full" in row for row in rows):
             what += ", then contexts whose score is above (+) and below (-) the full cache's"
-    return [f"## {title(rows[0])}", "", f"{what}; columns are budgets.", "", *("| " + " | ".join(one) + " |" for one in table), ""]
+    return [f"## {title(rows[0])}", "", f"{what}; columns are budgets.", "", *_markdown(head, (line(*key, cells) for key, cells in order)), ""]
