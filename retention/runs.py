@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import fcntl
 import hashlib
 import importlib.metadata
 import io
@@ -13,7 +14,10 @@ import shlex
 import subprocess
 import sys
 import time
+import warnings
+import weakref
 from collections.abc import Collection, Iterable, Iterator
+from typing import TextIO
 
 import jax
 from jax.experimental import multihost_utils
@@ -29,7 +33,7 @@ class RunFolder:
     depend on besides, such as the program that writes them and `digest`s of what it reads; config.json holds them too.
 
     Raises ValueError if the folder holds a run with another config or other inputs. One that has logged nothing yet does not count, for what failed at
-    the start is started again with a corrected config; FileExistsError where `workdir` is a file.
+    the start is started again with a corrected config; FileExistsError where `workdir` is a file; RuntimeError while another process is at that run.
     """
 
     def __init__(self, workdir: str | pathlib.Path, config: ConfigDict, free: Collection[str] = (), **inputs: str):
@@ -40,13 +44,15 @@ class RunFolder:
         entries = config.to_dict() | ({"inputs": inputs} if inputs else {})
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"workdir {self.path} is a file; give the path of a folder, which is made where there is none")
+        if is_primary():
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.path / ".lock")
         if file.exists() and self.metrics():
             if self._meta.exists():  # records of several versions of the code name them all
                 self._commit = ", ".join(dict.fromkeys([*json.loads(self._meta.read_text())["commit"].split(", "), self._commit]))
             check_same(json.loads(file.read_text()), entries, free, f"workdir {self.path} holds a run with another config (config.json)")
         multihost_utils.sync_global_devices("the run folder was read")  # before it changes
         if is_primary():
-            self.path.mkdir(parents=True, exist_ok=True)
             text = json.dumps(entries, indent=2)
             if not file.exists() or file.read_text() != text:
                 replace_text(file, text)
@@ -102,6 +108,25 @@ class RunFolder:
         if is_primary():
             replace_text(self._meta, json.dumps(meta, indent=2))
         return meta
+
+
+_held: weakref.WeakValueDictionary[pathlib.Path, TextIO] = weakref.WeakValueDictionary()
+
+
+def _lock(file: pathlib.Path) -> TextIO | None:
+    """Keeps other processes from a run as long as what is returned lives. In one process a run may be opened again, as after Ctrl-C in a notebook."""
+    if file in _held:
+        return _held[file]
+    try:
+        opened = open(file, "a")
+        fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RuntimeError(f"another process is at the run in {file.parent}; let it end, or give a new workdir") from None
+    except OSError as error:
+        warnings.warn(f"{file} cannot be locked ({error.strerror}); see to it that no other process is at this run", stacklevel=3)
+        return None
+    _held[file] = opened
+    return opened
 
 
 def digest(parts: Iterable[bytes]) -> str:

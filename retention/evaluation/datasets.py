@@ -7,6 +7,8 @@
   longmemeval_s, longmemeval_m, longmemeval_oracle
 
 The wording around a record is ours, without examples, and the question stands behind the context: figures are not those of the authors' prompts.
+Of LongBench's contexts (v2 too) that are longer than the model knows positions the harness leaves out the middle, as the authors do, and a row's dropped_tokens
+says how much; no other's, and beyond the positions that it was trained for a model is warned of.
 LongProc's travel_planning is not read.
 """
 
@@ -229,8 +231,9 @@ _SHORT_ZH = "请根据以上文字，用中文简短作答，不要解释。\n\n
 _CODE = "{}\n\nWrite the line of code that comes next, and nothing else."
 LONGBENCH = {
     **dict.fromkeys(("narrativeqa", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique"), _SHORT),
-    "qasper": f'Some questions have no answer in the text: write "unanswerable" then. To others the answer is "yes" or "no". {_SHORT}',
-    **dict.fromkeys(("multifieldqa_zh", "dureader"), _SHORT_ZH),
+    "qasper": f'Where the text does not tell, write "unanswerable"; to a yes/no question answer "yes" or "no". {_SHORT}',
+    "multifieldqa_zh": _SHORT_ZH,
+    "dureader": "请根据以上文章回答问题。\n\n问题：{}\n回答：",
     "gov_report": "Summarize this report on one page.{}",
     "multi_news": "Summarize these news articles on one page.{}",
     "vcsum": "请用一段话总结以上会议记录。{}",

@@ -6,7 +6,7 @@ as their papers have it; all of them and all their budgets share that reading, a
 """
 
 import dataclasses
-import hashlib
+import json
 import pathlib
 import time
 from collections import Counter
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from retention import cache as cache_lib
 from retention import chat, checkpoints
-from retention.evaluation import cells, plots, prose, tasks
+from retention.evaluation import cells, needles, plots, prose, tasks
 from retention.evaluation.cells import Cell, empty_rows, full_cell
 from retention.model import Model
 from retention.reading import Reading
@@ -57,14 +57,18 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
     loaded = {(task, length): (prose_task if task == "prose" else asking_task)(config, model, texts, task, length) for task, length in missing}
     for key, group in missing.items():
         cells.check_fractions(config, model, group, loaded[key].shortest())
+        loaded[key].check([record for record in run.metrics() if (record["cell"]["task"], record["cell"]["length"]) == key])
+    compiled: set[tuple[Cell, int]] = set()
     with tqdm(total=len(table) * config.samples, initial=len(done), unit="sample", desc="evaluating", smoothing=0) as progress:
         for (task, length), group in missing.items():
             for batch in batches(config):
                 wanted = [cell for cell in group if (cell, batch[0]) not in done]
                 for cell, records in loaded[task, length].run(wanted, batch) if wanted else ():
-                    run.log_all([{"cell": dataclasses.asdict(cell), **record} for record in records])
+                    run.log_all([{"cell": dataclasses.asdict(cell), **record, "warm": (cell, len(batch)) in compiled} for record in records])
+                    compiled.add((cell, len(batch)))
                     progress.update(len(batch))
-                    drop_programs()
+                    if drop_programs():
+                        compiled.clear()
                     progress.set_postfix_str(f"{task} {length or ''} {cell.policy} {cell.budget or ''}")
     records = run.metrics()
     by_cell: dict[Cell, list[dict]] = {cell: [] for cell in table}
@@ -91,11 +95,13 @@ def inputs(model: Model, texts: Sequence[str]) -> dict[str, str]:
     return {"gates": digest(np.asarray(leaf).tobytes() for leaf in gates), "text": digest(one.encode() for one in texts)}
 
 
-def drop_programs() -> None:
-    """Drops the compiled programs once their memory maps come near the number that Linux allows a process, as those of some 50 cells do."""
+def drop_programs() -> bool:
+    """Drops the compiled programs once their memory maps come near the number that Linux allows a process, as those of some 50 cells do; says whether."""
     maps, limit = pathlib.Path("/proc/self/maps"), pathlib.Path("/proc/sys/vm/max_map_count")
-    if limit.exists() and len(maps.read_bytes().splitlines()) > 0.6 * int(limit.read_text()):
+    full = limit.exists() and len(maps.read_bytes().splitlines()) > 0.6 * int(limit.read_text())
+    if full:
         jax.clear_caches()
+    return full
 
 
 def batches(config: ConfigDict) -> list[range]:
@@ -178,11 +184,22 @@ class Asking:
     reader: Reader
     task: tasks.Task
     contexts: Sequence[list[int]]  # the samples', as tokens
+    dropped: Sequence[int] = ()  # and how many of each were too many for the model, where the benchmark cuts them
 
     def shortest(self) -> int:
         """Tokens of the shortest context; none where all that is read is the opening of the turn that asks."""
         bare = chat.SYSTEM + chat.USER
         return min(0 if sample.context == bare else len(context) for sample, context in zip(self.task.samples, self.contexts, strict=True))
+
+    def check(self, records: Sequence[dict]) -> None:
+        """Raises ValueError where records of this task are of other questions or answers, as when a file of config.data has changed."""
+        for record in records:
+            i, number = record["sample"], record["question"]
+            sample = self.task.samples[i]
+            now = [len(sample.questions), prompt_hash(sample, number), sample.answers[number]] if number < len(sample.questions) else None
+            if json.loads(json.dumps(now)) != [record["questions"], record["prompt"], record["answer"]]:
+                what = f"sample {i} of {self.task.name} is not what it was when this run began"
+                raise ValueError(f"{what}; put the files of config.data back, or give a new workdir")
 
     def run(self, wanted: Sequence[Cell], batch: Sequence[int]) -> Iterator[tuple[Cell, list[dict]]]:
         """The records of one batch of samples, for each cell. decode_seconds: to read and answer all questions of a sample. cut_off: 1 for an answer that
@@ -195,15 +212,16 @@ class Asking:
             seconds |= {"decode_seconds": round((time.time() - start) / len(samples), 4)}
             records = []
             for row, (i, sample, cache) in enumerate(zip(batch, samples, caches, strict=True)):
-                for number, asked in enumerate(sample.questions):
+                cut = {"dropped_tokens": self.dropped[i]} if self.dropped else {}
+                for number in range(len(sample.questions)):
                     answer, entries = rounds[number][row]
                     generated = tokenizer.decode(answer)
                     records.append(
                         {
                             "sample": i, "question": number, "questions": len(sample.questions),
-                            "prompt": hashlib.sha256((sample.context + asked).encode()).hexdigest()[:16],
+                            "prompt": prompt_hash(sample, number),
                             "answer": sample.answers[number], "generated": generated, **self.task.score(i, number, generated),
-                            "answer_tokens": len(answer), "cut_off": int(answer[-1] not in tokenizer.eos_ids), **cache, "kept_at_end": entries, **seconds,
+                            "answer_tokens": len(answer), "cut_off": int(answer[-1] not in tokenizer.eos_ids), **cut, **cache, "kept_at_end": entries, **seconds,
                         }
                     )  # fmt: skip
                     cache = {name: value for name, value in cache.items() if not name.startswith("kept_by")}  # said once
@@ -240,6 +258,9 @@ class Prose:
         """Tokens of the shortest context."""
         return min(len(context) for context, _ in self.windows)
 
+    def check(self, records: Sequence[dict]) -> None:
+        """Nothing to check: a run of other texts is refused."""
+
     def run(self, wanted: Sequence[Cell], batch: Sequence[int]) -> Iterator[tuple[Cell, list[dict]]]:
         """The records of one batch of samples, for each cell."""
         contexts, continuations = zip(*(self.windows[i] for i in batch), strict=True)
@@ -259,12 +280,27 @@ def asking_task(config: ConfigDict, model: Model, texts: list[str], task: str, l
         raise ValueError(f"max_new_tokens must be at least {wanted}, which an answer to {task} takes, got {config.max_new_tokens}")
     if config.question_seen:
         loaded = tasks.seen(loaded)
-    return Asking(Reader(config, model), loaded, [encode(sample.context, bos=True) for sample in loaded.samples])
+    contexts = [encode(sample.context, bos=True) for sample in loaded.samples]
+    if not task.startswith("longbench"):
+        return Asking(Reader(config, model), loaded, contexts)
+    behind = [max(len(encode(question)) for question in sample.questions) + config.max_new_tokens for sample in loaded.samples]
+    cut = [without_middle(context, model.config.max_positions - tokens) for context, tokens in zip(contexts, behind, strict=True)]
+    return Asking(Reader(config, model), loaded, cut, [len(context) - len(left) for context, left in zip(contexts, cut, strict=True)])
+
+
+def without_middle(context: list[int], room: int) -> list[int]:
+    """The first and the last half of `room` tokens of a context that has more, as LongBench and LongBench v2 cut what a model has no positions for."""
+    half = max(room, 0) // 2
+    return context if len(context) <= room else context[:half] + context[len(context) - half :]
 
 
 def prose_task(config: ConfigDict, model: Model, texts: list[str], task: str, length: int) -> Prose:
     tokens = [model.tokenizer.encode(one) for one in texts]
     return Prose(Reader(config, model), prose.windows(tokens, length, config.continuation, config.samples, config.seed))
+
+
+def prompt_hash(sample: needles.Sample, question: int) -> str:
+    return digest([(sample.context + sample.questions[question]).encode()])
 
 
 def by_sample(records: list[dict]) -> dict[int, float]:
@@ -279,12 +315,12 @@ def summarise(config: ConfigDict, cell: Cell, records: list[dict], full: list[di
     """A row of the table: means over the records, and the scores' 95 % interval, in which several questions about one context count as one sample.
 
     With the full cache's records of the same task also on how many samples the score is above and below the full cache's: of the same contexts
-    intervals that overlap may hide a difference that these pairs show. Seconds are means without the batches that compile, if there are others: the first,
-    and a last one that is smaller.
+    intervals that overlap may hide a difference that these pairs show. Seconds are means of the warm batches, if there are any: not the first of its size
+    since the program started, or since it dropped its programs, which compiles.
     """
-    known = {"cell", "sample", "question", "questions", "prompt", "answer", "generated", "kept_by_stream", "kept_by_distance"}
+    known = {"cell", "sample", "question", "questions", "prompt", "answer", "generated", "kept_by_stream", "kept_by_distance", "warm"}
     samples = len({record["sample"] for record in records})
-    warm = range(config.batch_size, samples - samples % config.batch_size)
+    warm = [record for record in records if record.get("warm")]
     row = {
         **dataclasses.asdict(cell),
         "prefill": f"chunks of {config.prefill_chunk}" if config.prefill_chunk and cell.policy not in ("full", *config.one_shot) else "one-shot",
@@ -293,8 +329,8 @@ def summarise(config: ConfigDict, cell: Cell, records: list[dict], full: list[di
         "questions": len(records),
     }
     for name in (name for name in records[0] if name not in known):
-        later = [record for record in records if warm.start <= record["sample"] < warm.stop] if name.endswith("_seconds") else []
-        row[name] = round(float(np.mean([record[name] for record in later or records])), 4)
+        counted = warm if warm and name.endswith("_seconds") else records
+        row[name] = round(float(np.mean([record[name] for record in counted])), 4)
     if "score" in row:
         row |= dict(zip(("low", "high"), (round(x, 4) for x in interval(row["score"], samples)), strict=True))
         if full and cell.policy != "full":

@@ -26,10 +26,13 @@ def _tagged(generated: str, tag: str) -> str:
 
 
 def countdown(generated: str, numbers: Sequence[int], target: int) -> dict[str, float]:
-    """accuracy: 1 where the equations between <Solution> tags, one a line, hold, use up the numbers and each other's results, and end in `target`."""
+    """accuracy: 1 where the equations between <Solution> tags, one a line, hold, use up the numbers and each other's results, and end in `target`.
+
+    As in the release, results on the way may be negative or above 2000, whatever the question says.
+    """
     left = list(numbers)
     for line in _tagged(generated, "Solution").split("\n"):
-        equation = re.fullmatch(r"\s*(\d{1,9})\s*([-+*/])\s*(\d{1,9})\s*=\s*(\d{1,18})\s*", line)
+        equation = re.fullmatch(r"\s*(-?\d{1,9})\s*([-+*/])\s*(-?\d{1,9})\s*=\s*(-?\d{1,18})\s*", line)
         if not equation:
             return {"accuracy": 0.0}
         first, second, result = (int(equation[group]) for group in (1, 3, 4))

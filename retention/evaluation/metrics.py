@@ -127,14 +127,19 @@ LONGBENCH = {
 }
 
 
+_SIGNS_ZH = str.maketrans(
+    "", "", string.punctuation + "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
+)
+
+
 def _words(text: str) -> list[str]:
     plain = text.lower().translate(str.maketrans("", "", string.punctuation))
     return re.sub(r"\b(?:a|an|the)\b", " ", plain).split()
 
 
 def _plain_zh(word: str) -> str:
-    """Without case, white space and punctuation, Chinese or other."""
-    return re.sub(r"[\W_]", "", word.lower())
+    """Without case, white space and the signs that LongBench leaves out, which are not all: an opening 《 stays."""
+    return "".join(word.lower().translate(_SIGNS_ZH).split())
 
 
 def _segments(text: str) -> list[str]:

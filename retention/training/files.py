@@ -161,8 +161,11 @@ class _Parquet:
     def _group(self, number: int) -> Any:
         import pyarrow.parquet
 
-        with pyarrow.parquet.ParquetFile(self.path) as file:
-            return file.read_row_group(number, columns=self._read, use_threads=False)
+        try:
+            with pyarrow.parquet.ParquetFile(self.path) as file:
+                return file.read_row_group(number, columns=self._read, use_threads=False)
+        except OSError as error:
+            raise ValueError(f"{self.path} is damaged: its row group {number} cannot be read ({error})") from error
 
 
 FORMATS = {".jsonl": _JsonLines, ".parquet": _Parquet, ".array_record": _ArrayRecord}

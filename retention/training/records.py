@@ -1,6 +1,6 @@
 """Documents from record files: JSON lines, Parquet, ArrayRecord (of JSON). Chat records are rendered in the model's own chat format.
 
-What a record holds is found by its file's columns:
+What a record holds is found by the columns of its file, or of the file's first record that has those of a layout:
 
   messages              a list of {role, content} (OpenR1-Math)
   conversations         a list of {from, value} (ShareGPT), from being system, human or gpt
@@ -15,6 +15,7 @@ the first; blank lines are no records. What then remains is used in training, al
 
 import array
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -42,14 +43,15 @@ class Records:
         self._layouts: list[Layout] = []
         self.report: dict[str, Any] = {"documents": 0, "skipped": {}, "first": {}}
         check = functools.lru_cache(maxsize=1024)(functools.partial(_check_roles, tokenizer))
-        which, keys = array.array("i"), array.array("q")
+        which, keys, contents = array.array("i"), array.array("q"), hashlib.sha256()
         for name in files.paths(path):
             file = files.open_file(name, max_chars, COLUMNS)
-            layout, skipped, before = None, {}, len(keys)
+            layout, columns, skipped, before = None, file.columns, {}, len(keys)
             for key, raw in file.scan():
                 try:
                     record = file.decode(raw)
-                    layout = layout or _layout(name, file.columns or list(record))
+                    columns = columns or list(record)
+                    layout = layout or _layout(file.columns or [column for column, value in record.items() if value is not None])
                     content = layout(record)
                     _check_content(content, max_chars)
                     if not isinstance(content, str) and (refusal := check(tuple(message["role"] for message in content))):
@@ -60,7 +62,11 @@ class Records:
                     continue
                 which.append(len(self._files))
                 keys.append(key)
+                contents.update(repr(content).encode())
             if len(keys) == before:
+                if columns and not layout:
+                    known = ", or ".join(" with ".join(needed) for needed in LAYOUTS)
+                    raise ValueError(f"{name} has the columns {', '.join(columns)}; records need {known}")
                 found = ", ".join(f"{count} x {reason}" for reason, count in skipped.items())
                 raise ValueError(f"{name} holds no usable record ({found or 'it is empty'})")
             for reason, count in skipped.items():
@@ -69,8 +75,7 @@ class Records:
             self._layouts.append(layout)
         self.report["documents"] = len(keys)
         self._where, self._keys = np.array(which, np.int32), np.array(keys, np.int64)
-        sizes = np.array([os.path.getsize(file.path) for file in self._files])
-        self.digest = digest([self._where.tobytes(), self._keys.tobytes(), sizes.tobytes()])
+        self.digest = digest([self._where.tobytes(), self._keys.tobytes(), contents.digest()])
         self.answers = any(layout is not _text for layout in self._layouts)
 
     def __len__(self) -> int:
@@ -216,9 +221,8 @@ LAYOUTS: dict[tuple[str, ...], Layout] = {
 COLUMNS = {"input"}.union(*LAYOUTS)  # those that are read
 
 
-def _layout(path: str, columns: Sequence[str]) -> Layout:
+def _layout(columns: Sequence[str]) -> Layout:
     for needed, layout in LAYOUTS.items():
         if set(needed) <= set(columns):
             return layout
-    known = ", or ".join(" with ".join(needed) for needed in LAYOUTS)
-    raise ValueError(f"{path} has the columns {', '.join(columns) or '(none)'}; records need {known}")
+    raise Unusable("columns of no known layout")

@@ -72,7 +72,7 @@ def records_of(workdir):
 
 
 def timeless(rows):
-    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+    return [{name: value for name, value in row.items() if name not in (*TIMES, "warm")} for row in rows]
 
 
 def in_order(records):
@@ -97,7 +97,7 @@ def test_a_run_writes_its_folder(whole):
     workdir, rows = whole
     names = ("full", "retention", "window")
     assert [(row["task"], row["policy"]) for row in rows] == [(task, name) for task in ("needle4", "kv_turns", "prose") for name in names]
-    files = {"config.json", "metrics.jsonl", "results.csv", "run_meta.json", "accuracy.png", "kept_by_head.png", "kept_by_distance.png"}
+    files = {".lock", "config.json", "metrics.jsonl", "results.csv", "run_meta.json", "accuracy.png", "kept_by_head.png", "kept_by_distance.png"}
     assert {file.name for file in workdir.iterdir()} == files
     with open(workdir / "results.csv") as file:
         assert [(row["policy"], row["prefill"], row["question_seen"]) for row in csv.DictReader(file)] == 3 * [
@@ -125,7 +125,7 @@ def test_records_say_what_was_asked_and_what_was_kept(folder, model, whole):
         else:
             sample = samples[cell["task"]][record["sample"]]
             prompt = sample.context + sample.questions[record["question"]]
-            assert record["prompt"] == harness.hashlib.sha256(prompt.encode()).hexdigest()[:16]
+            assert record["prompt"] == runs.digest([prompt.encode()])
             assert np.ravel(record["answer"]).tolist() == np.ravel(sample.answers[record["question"]]).tolist()
             assert record["cut_off"] == int(record["answer_tokens"] == ANSWER), "the tiny model ends no answer by chance on its last token"
             assert 1 <= record["answer_tokens"] <= ANSWER and abs(record["context_tokens"] - 310) <= 0.02 * 310
@@ -343,11 +343,68 @@ def test_samples_are_paired_with_the_full_caches(folder):
 
 
 def test_seconds_are_of_batches_that_compile_nothing(folder):
-    """Of batches of 2, 2 and 1 the first and the last, which is smaller, compile."""
     cell = cells.Cell("needle", 310, "window", "global", 0.25)
-    records = [{"sample": i, "question": 0, "questions": 1, "score": 1.0, "decode_seconds": s} for i, s in enumerate((9.0, 9.0, 1.0, 3.0, 9.0))]
-    for count, wanted in ((5, 2.0), (4, 2.0), (3, 19 / 3), (2, 9.0)):
+    records = [{"sample": i, "question": 0, "questions": 1, "score": 1.0, "decode_seconds": s, "warm": s < 9} for i, s in enumerate((9.0, 9.0, 1.0, 3.0, 9.0))]
+    for count, wanted in ((5, 2.0), (4, 2.0), (3, 1.0), (2, 9.0)):
         assert harness.summarise(config_of(folder), cell, records[:count], None)["decode_seconds"] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_batches_are_warm_once_their_programs_are_compiled(folder, tmp_path, monkeypatch):
+    """Of four batches: the run is broken off after the first, and drops its programs after the third."""
+    config = config_of(folder, tasks=("needle",), policies=("retention",), baselines=False, batch_size=1)
+    calls, log_all = [], RunFolder.log_all
+    monkeypatch.setattr(harness, "drop_programs", lambda: len(calls) == 4)
+
+    def interrupted(run, records):
+        calls.append(records)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        log_all(run, records)
+
+    monkeypatch.setattr(RunFolder, "log_all", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        harness.evaluate(config, tmp_path)
+    harness.evaluate(config, tmp_path)
+    assert [record["warm"] for record in records_of(tmp_path)] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_longbench_contexts_lose_their_middle(folder, model, tmp_path, seen):
+    """Only as many tokens as the model knows positions are read, asked and answered; the first and last are there."""
+    words = " ".join(f"w{n}" for n in range(3000))
+    record = {"input": "Who?", "context": f"Ann first. {words} Bob last.", "answers": ["Ann"], "all_classes": None}
+    (tmp_path / "hotpotqa.jsonl").write_text("\n".join(json.dumps(one) for one in (record, record | {"context": "Ann."})))
+    config = config_of(folder, tasks=("longbench_hotpotqa",), data=str(tmp_path), samples=2, question_seen=seen)
+    asking = harness.asking_task(config, model, [], "longbench_hotpotqa", None)
+    encode, (long, short) = encoder(model.tokenizer), asking.task.samples
+    whole = encode(long.context, bos=True)
+    kept = model.config.max_positions - ANSWER - len(encode(long.questions[0]))
+    assert len(asking.contexts[0]) == kept - kept % 2 and asking.dropped == [len(whole) - len(asking.contexts[0]), 0]
+    assert asking.contexts[0] == whole[: kept // 2] + whole[-(kept // 2) :] and asking.contexts[1] == encode(short.context, bos=True)
+    assert "Ann first" in model.tokenizer.decode(asking.contexts[0]) and "Bob last" in model.tokenizer.decode(asking.contexts[0])
+    assert harness.without_middle([1, 2, 3], -5) == [] and harness.without_middle([1, 2, 3], 3) == [1, 2, 3]
+
+
+def test_a_run_of_other_questions_is_refused(folder, tmp_path, monkeypatch):
+    """The benchmark's file has changed while the run was interrupted."""
+    lines = [json.dumps({"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"}) for n in range(4)]
+    (tmp_path / "gsm8k_test.jsonl").write_text("\n".join(lines))
+    config = config_of(folder, tasks=("gsm8k",), policies=("retention",), baselines=False, budgets=(64,), data=str(tmp_path))
+    log_all = RunFolder.log_all
+
+    def interrupted(run, records):
+        log_all(run, records)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(RunFolder, "log_all", interrupted)
+        harness.evaluate(config, tmp_path / "run")
+    for changed in (["{}", *lines[1:]], [lines[0].replace("#### 1", "#### 2"), *lines[1:]], lines[::-1]):
+        (tmp_path / "gsm8k_test.jsonl").write_text("\n".join(changed).replace("{}", lines[0].replace("is", "was")))
+        with pytest.raises(ValueError, match="sample 0 of gsm8k is not what it was when this run began; put the files of config.data back, or give a new workdir"):
+            harness.evaluate(config, tmp_path / "run")
+    (tmp_path / "gsm8k_test.jsonl").write_text("\n".join(lines))
+    assert harness.evaluate(config, tmp_path / "run")[0]["samples"] == 4
 
 
 def test_rows_say_how_a_context_was_read(folder):

@@ -44,6 +44,10 @@ def test_rouge_l(generated, answer, expected):
 def test_chinese_words_come_from_jieba(monkeypatch):
     monkeypatch.setitem(sys.modules, "jieba", types.SimpleNamespace(cut=lambda text: iter(text.split("|"))))
     assert metrics.qa_f1_zh("北京|，|很大", "北京|。") == pytest.approx(2 / 3)
+    # The release leaves out 》 and not 《, nor ℃: with the package jieba and its own function these are 2/3, 1/2 and 4/5.
+    assert metrics.qa_f1_zh("红楼梦", "《|红楼梦|》") == pytest.approx(2 / 3)
+    assert metrics.qa_f1_zh("《|西游记|》", "《|红楼梦|》") == pytest.approx(1 / 2)
+    assert metrics.qa_f1_zh("25|℃", "25|℃|左右") == pytest.approx(4 / 5)
     assert metrics.rouge_l_zh("北京|很|大", "北京|大") == pytest.approx(4 / 5)
     monkeypatch.setitem(sys.modules, "jieba", None)
     with pytest.raises(ImportError, match="pip install jieba"):
@@ -81,6 +85,8 @@ def test_countdown():
     assert accuracy("21 + 16 = 37", "37 - 17 = 20", "26 + 20 = 46", target=45) == 0
     assert accuracy("8 / 2 = 4", "4 * 3 = 12", numbers=(2, 8, 3), target=12) == 1
     assert accuracy("9 / 2 = 4", numbers=(9, 2), target=4) == 0 and accuracy("0 / 0 = 4", numbers=(0, 0), target=4) == 0
+    assert accuracy("3 - 5 = -2", "-2 + 4 = 2", "2 + 10 = 12", numbers=(3, 4, 5, 10), target=12) == 1  # the release lets it pass
+    assert accuracy("3 - -5 = 8", numbers=(3, 5), target=8) == 0
     assert accuracy("__import__('os') + 1 = 2") == 0
     assert longproc.countdown("21 + 16 = 37\n37 - 17 = 20\n26 + 20 = 46", [21, 16, 17, 26], 46) == {"accuracy": 0}
     twice = "<Solution>\n1 + 2 = 4\n</Solution> no: <Solution>\n1 + 2 = 3\n</Solution>"

@@ -130,7 +130,7 @@ def crash(monkeypatch, config, workdir, at):
 
 
 def test_files_of_a_run(whole, folder, config):
-    written = {"config.json", "data.json", "metrics.jsonl", "run_meta.json", "gates.safetensors", "checkpoints", "tensorboard"}
+    written = {".lock", "config.json", "data.json", "metrics.jsonl", "run_meta.json", "gates.safetensors", "checkpoints", "tensorboard"}
     assert {path.name for path in whole.iterdir()} == written
     assert json.loads((whole / "config.json").read_text()) == config.to_dict()
     assert json.loads((whole / "data.json").read_text()).keys() == DATA["sources"].keys()
@@ -553,6 +553,16 @@ def test_run_folder_is_a_folder_of_one_program(config, tmp_path):
         RunFolder(tmp_path, config, program="hindsight")
     with pytest.raises(FileExistsError, match="metrics.jsonl is a file; give the path of a folder"):
         RunFolder(tmp_path / "metrics.jsonl", config)
+
+
+def test_a_run_belongs_to_one_process(config, tmp_path):
+    open_it = f"from ml_collections import ConfigDict; from retention.runs import RunFolder; RunFolder({str(tmp_path)!r}, ConfigDict({config.to_dict()!r}))"
+    run = RunFolder(tmp_path, config)
+    again = RunFolder(tmp_path, config)  # by the same process, as in a notebook
+    refused = subprocess.run([sys.executable, "-c", open_it], capture_output=True, text=True)
+    assert f"RuntimeError: another process is at the run in {tmp_path}; let it end, or give a new workdir" in refused.stderr
+    del run, again
+    assert not subprocess.run([sys.executable, "-c", open_it], capture_output=True, text=True).returncode
 
 
 def test_run_folder_drops_a_line_cut_off(config, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pathlib
 import pickle
 
 import pyarrow
@@ -84,6 +85,20 @@ def test_formats_read_the_same(tokenizer, tmp_path):
         assert source.report["skipped"] == {"no assistant's turn": 1}
         assert [place.rsplit(":")[-1] for place in source.report["first"].values()] == ["1"]
         assert read(pickle.loads(pickle.dumps(source)), tokenizer) == lines
+
+
+def test_layout_of_the_first_record_that_has_one(tokenizer, tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"version": 1}, {}, {"messages": None, "conversations": LAYOUTS[1][0]["conversations"]}, {"messages": ASKED}])
+    source = opened(tokenizer, path)
+    assert read(source, tokenizer) == [LAYOUTS[1][1]]
+    reasons = {"columns of no known layout": 2, "`conversations` is missing or no list": 1}
+    assert source.report["skipped"] == reasons and source.report["first"] == dict(zip(reasons, (f"{path}:1", f"{path}:4"), strict=True))
+
+
+@pytest.mark.parametrize("extension", ["jsonl", "parquet", "array_record"])
+def test_the_digest_is_of_what_records_say(tokenizer, tmp_path, extension):
+    digests = [opened(tokenizer, write(tmp_path / f"a.{extension}", [{"text": text}])).digest for text in ("one", "two", "one")]
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_several_files(tokenizer, tmp_path):
@@ -182,6 +197,10 @@ def test_other_refusals(tokenizer, tmp_path):
     path = write(tmp_path / "b.jsonl", [{"messages": ASKED}])
     with pytest.raises(ValueError, match="b.jsonl .*no usable record .*chat template"):
         opened(templated(tokenizer, None), path)
+    whole = pathlib.Path(write(tmp_path / "c.parquet", [{"text": "x" * 1000}]))
+    whole.write_bytes(whole.read_bytes()[:4] + bytes(20) + whole.read_bytes()[24:])
+    with pytest.raises(ValueError, match="c.parquet is damaged: its row group 0 cannot be read"):
+        opened(tokenizer, whole)
     source = opened(tokenizer, path)
     (tmp_path / "b.jsonl").write_text("changed")
     with pytest.raises(ValueError, match="b.jsonl is not what it was when training began"):
