@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import fractions
 import hashlib
 import numbers
 import pathlib
@@ -51,11 +52,6 @@ def check_text(model: Model, text: str, name: str) -> None:
         raise ValueError(f"{name} is empty; give at least one character")
 
 
-def opening_turn(model: Model, text: str) -> str:
-    """A conversation that begins with `text`, up to the answer, in the model's chat template."""
-    return model.tokenizer.chat([{"role": "user", "content": text}])
-
-
 def generate(
     model: Model,
     prompts: Sequence[str],
@@ -74,7 +70,7 @@ def generate(
     """Continues a batch of prompts of any lengths, each under its own budget.
 
     Args:
-      prompts: texts, raw unless `chat`, which puts each into the model's chat template as a user's turn.
+      prompts: texts, raw unless `chat`, which puts each into the model's chat template as a user's turn, without the names of special tokens in it.
       budget: M, tokens per stream on average (int); a fraction in (0, 1] of each prompt's tokens (float); None: the full cache. As many tokens as
         the model was trained for, or more, are the full cache too.
       policy: a name of retention.policies.names(), options behind a colon ("retention:floor=16"), or a Policy; "full" never evicts.
@@ -82,7 +78,8 @@ def generate(
         retention is "global", with local gates "head".
       prefill_chunk: tokens between evictions, in prefill and in decoding; None: one-shot prefill, then one eviction.
       sinks, window: protected first and newest positions; None: the policy's own.
-      temperature: 0 is greedy. top_p: sampling keeps the fewest tokens that hold this probability.
+      temperature: 0 is greedy. top_p: sampling keeps the fewest tokens that hold this probability. seed: of the samples, which differ by place in
+        the batch and by position too.
 
     Returns:
       One Generation for each prompt.
@@ -94,9 +91,11 @@ def generate(
         raise ValueError("prompts must be a list of at least one text")
     check_sampling(max_new_tokens, temperature, top_p, seed)
     rows = Rows(model, len(prompts), budget, policy, scope, prefill_chunk, sinks, window)
+    texts = []
     for i, prompt in enumerate(prompts):
         check_text(model, prompt, f"prompts[{i}]")
-    rows.append([model.tokenizer.encode(opening_turn(model, prompt) if chat else prompt) for prompt in prompts])
+        texts.append(model.tokenizer.opening(prompt) if chat else prompt)
+    rows.append([model.tokenizer.encode(text) for text in texts])
     tokens = rows.decode_all(max_new_tokens, temperature, top_p, seed, model.tokenizer.eos_ids)
     return [Generation(model.tokenizer.decode(row), row, rows.stats(i)) for i, row in enumerate(tokens)]
 
@@ -118,6 +117,7 @@ class Session:
     """One conversation under a budget: the cache is carried over turns. Arguments as in `generate`; a fraction is of the first append's tokens.
 
     The first turn with `chat` begins a conversation in the chat template, the later ones go on with it; an answer that was cut off is closed first.
+    Names of special tokens in a turn's text are left out: it cannot end its turn.
     """
 
     def __init__(
@@ -132,6 +132,7 @@ class Session:
     ):
         self._rows = Rows(model, 1, budget, policy, scope, prefill_chunk, sinks, window)
         self._chatting = self._open = False  # whether a conversation has begun, and whether its last answer is not closed yet
+        budget = float(budget) if isinstance(budget, fractions.Fraction) else budget
         self._arguments = dict(budget=budget, policy=policy, scope=scope, prefill_chunk=prefill_chunk, sinks=sinks, window=window)
 
     def append(self, text: str, chat: bool = False) -> None:
@@ -141,11 +142,8 @@ class Session:
         """
         model = self._rows.model
         check_text(model, text, "text")
-        if chat and self._chatting:
-            (_, ask), (_, end, again) = model.tokenizer.turn(), model.tokenizer.between()
-            text = (end if self._open else "") + again + text + ask
-        elif chat:
-            text = opening_turn(model, text)
+        if chat:
+            text = model.tokenizer.following(text, self._open) if self._chatting else model.tokenizer.opening(text)
         first = self._rows.cache is None
         tokens, start = model.tokenizer.encode(text, bos=first), model.tokenizer.encode("")
         if not first and tokens[: len(start)] == start:  # what begins a text stands once, also where the template writes it
@@ -196,6 +194,7 @@ class Session:
     def save(self, path: str | pathlib.Path) -> None:
         """Writes the session to a safetensors file, whole or not at all: its cache, as large as the budget, and what `restore` needs to go on with it.
 
+        Between two pieces of a `stream` it ends with a selection first, as a turn does; save a fork, and what is streamed is as it would have been.
         Raises ValueError if nothing was appended yet, or if the policy is not a registered name: a file cannot hold a function. And as `arrays.save`.
         """
         rows, arguments = self._rows, {name: x.item() if isinstance(x, np.generic) else x for name, x in self._arguments.items()}
@@ -205,21 +204,26 @@ class Session:
         if not isinstance(arguments["policy"], str):
             raise ValueError("policy must be a registered name for a session to be saved; register this Policy and give the session its name")
         turns = {"chatting": self._chatting, "open": self._open}
-        caches.save(path, *rows.state(), {"arguments": arguments, "model": fingerprint(rows), "turns": turns})
+        caches.save(path, *rows.state(), {"arguments": arguments, "model": fingerprint(rows), "policy": rows.plan.policy.declared(), "turns": turns})
 
     @classmethod
     def restore(cls, model: Model, path: str | pathlib.Path) -> "Session":
         """The session that `save` wrote, to go on as if it had never left; `model` as it was then.
 
         Raises:
-          FileNotFoundError: no such file. ValueError: not a session's file, another model, dtype or gates, or a policy that is not registered here.
+          FileNotFoundError: no such file. ValueError: not a session's file, or a damaged one; another model, dtype or gates; a policy that is not
+          registered here, or another under its name, as far as what it declares tells: its functions are not in the file.
         """
-        cache, logits, facts = caches.load(path, ("arguments", "model", "turns"), "session file", "Session.save")
+        cache, logits, facts = caches.load(path, ("arguments", "model", "policy", "turns"), "session file", "Session.save")
         session = cls(model, **facts["arguments"])
         rows = session._rows
         for name, fact in fingerprint(rows).items():
             if facts["model"].get(name) != fact:
                 raise ValueError(f"the session in {path} is of another model, which differs in its {name}; load the model and gates that it was saved with")
+        for name, declared in rows.plan.policy.declared().items():
+            if facts["policy"].get(name) != declared:
+                what = f"the policy {facts['arguments']['policy']!r} is not the one of the session in {path}: its {name} was {facts['policy'].get(name)}"
+                raise ValueError(f"{what} and is {declared}; register the policy that it was saved with")
         rows.resume(cache, logits)
         session._chatting, session._open = facts["turns"]["chatting"], facts["turns"]["open"]
         return session

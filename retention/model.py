@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from retention.attention import retention_attention
@@ -256,10 +257,10 @@ class Model:
 
     def logits(self, tokens) -> jax.Array:
         """tokens [B, T] int -> logits [B, T, V] float32 of the full cache, without gates. Raises ValueError for any other tokens."""
-        tokens = jnp.asarray(tokens)
+        tokens = np.asarray(tokens)  # as they are: a jax array of 32 bits would wrap
         if tokens.ndim != 2 or tokens.size == 0:
             raise ValueError(f"tokens must be [B, T] with T > 0 and B > 0, got shape {tokens.shape}")
-        if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        if not np.issubdtype(tokens.dtype, np.integer):
             raise ValueError(f"tokens must be whole numbers, the ids of tokens, got {tokens.dtype}")
         if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:  # XLA would clamp them without a word
             raise ValueError(f"tokens must be ids from 0 to {self.config.vocab_size - 1}, got {tokens.min()} to {tokens.max()}")

@@ -10,6 +10,7 @@ from retention import cache as cache_lib
 from retention.cache import Cache
 from retention.model import Config, rope_frequencies
 from retention.policies import Policy, Streams, Written
+from retention.policies.base import check_shape
 from retention.rope import apply_rope
 
 TOP = 256  # predictions over which the entropy is summed (METHOD section 6, InfoKV)
@@ -166,12 +167,14 @@ def stream_scores(config: Config, policy: Policy, sinks: int, longest: int, cach
             count = jnp.maximum(cache.seen - moments, 1)[:, None, None, None]
             mean = noted["query_sum"][layer] / count
             covariance = noted["query_outer"][layer] / count[..., None] - mean[..., None] * mean[..., None, :]
-        return policy.score(
+        score = policy.score(
             Streams(
                 **streams._asdict(), seen=cache.seen, sinks=sinks, budget=cache.budget, frequency=rope_frequencies(config)[0],
                 queries=noted["queries"][layer] if policy.queries else None, query_position=query_position,
                 query_mean=mean, query_covariance=covariance,
             )
         )  # fmt: skip
+        check_shape("score", score, streams.live.shape)
+        return score
 
     return cache_lib.scatter_streams(cache, jax.lax.map(score, jnp.arange(config.layers)))

@@ -44,7 +44,7 @@ class Plan:
         if policy.streams:
             scores = observations.stream_scores(self.config, policy, self.sinks, self.longest, cache)
         else:
-            scores = cache_lib.entry_scores(cache, policy.score)
+            scores = cache_lib.entry_scores(cache, policy.score_of)
         window = self.window if self.window is not None else policy.window(cache.budget)
         if policy.layer_budgets is not None:
             layer_budgets = policy.layer_budgets(cache.budget, cache.seen, self.config.layers, self.sinks + window)
@@ -100,8 +100,8 @@ def forward(
         stat, beside = jnp.zeros(keys.shape[:-1], jnp.float32), []
     else:
         written = policies.Written(positions, plan.streams, keys, log_beta, outputs, entropy)
-        stat = policy.stat(written)
-        beside = [jnp.swapaxes(other.stat(observations.written_for(config, other, policy, written)), 2, 3) for other in plan.beside]
+        stat = policy.stat_of(written)
+        beside = [jnp.swapaxes(other.stat_of(observations.written_for(config, other, policy, written)), 2, 3) for other in plan.beside]
     if policy.attended:
         old, new_buffer = cache_lib.scatter_streams(cache, paid[0])
         new_buffer = jnp.moveaxis(new_buffer.reshape(new_buffer.shape[0], config.layers, config.kv_heads, -1), 0, 1)
@@ -119,7 +119,7 @@ def rate(plan: Plan, gates: dict, cache: Cache, first: jax.Array, unrated: jax.A
     # [L, B, T, H, D]
     keys = jnp.swapaxes(jnp.take_along_axis(cache.buffer_keys, rows[None, :, None, :, None], axis=3), 2, 3)
     written = policies.Written(jnp.take_along_axis(cache.buffer_position, rows, axis=1), plan.streams, keys, log_beta, None, None)
-    stat = jnp.swapaxes(plan.policy.stat(written), 2, 3)
+    stat = jnp.swapaxes(plan.policy.stat_of(written), 2, 3)
     added = jax.vmap(lambda buffer, new, rows: buffer.at[..., rows].add(new), in_axes=(1, 1, 0), out_axes=1)(cache.buffer_stat, stat, rows)
     return cache._replace(buffer_stat=added)
 

@@ -29,7 +29,8 @@ AHEAD = 512  # tokens to come that there is room for at once, where shapes follo
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """kept_entries: live entries over all streams. capacity: the most that may stay, S*M. allocated_bytes: of this sequence's cache arrays.
+    """kept_entries: live entries over all streams. capacity: the most that may stay, S*M, once a turn has ended; while one is streamed the newest tokens
+    of all streams are there besides. allocated_bytes: of this sequence's cache arrays.
     seen_tokens: tokens appended and generated."""
 
     kept_entries: int
@@ -83,6 +84,8 @@ class Rows:
         sinks: int | None = None,
         window: int | None = None,
     ):
+        if not isinstance(model, Model):
+            raise ValueError(f"model must be what retention.load returns, got {model!r}")
         policy = policies.get(policy) if isinstance(policy, str) else policy
         if not isinstance(policy, policies.Policy):
             raise ValueError(f"policy must be one of {', '.join(policies.names())}, or a Policy, got {policy!r}")
@@ -113,6 +116,9 @@ class Rows:
             raise ValueError("a policy with a lowest score (alpha) needs a budget, the most that it may keep, got budget=None")
         # As many tokens as the model can use are the full cache.
         whole = isinstance(budget, numbers.Integral) and budget >= model.config.max_positions and not bounded
+        if budget is not None:
+            budget = int(budget) if isinstance(budget, numbers.Integral) else float(budget)
+        self.asked = budget if whole and policy.score is not None else None  # a budget that is the full cache
         self.budget = None if policy.score is None or whole else budget
         if self.budget is None:
             policy = policies.get("full")
@@ -199,7 +205,8 @@ class Rows:
         trained_for = self.model.config.max_positions
         if self.most_seen > trained_for and not self.warned:
             self.warned = True
-            warnings.warn(f"{self.most_seen} tokens are beyond the {trained_for} that this model was trained for; answers may degrade", stacklevel=5)
+            unbounded = f", and a budget of {self.asked}, which is no smaller, evicts none of them" if self.asked and not self.evicts else ""
+            warnings.warn(f"{self.most_seen} tokens are beyond the {trained_for} that this model was trained for{unbounded}; answers may degrade", stacklevel=5)
 
     def check_whole(self) -> None:
         """Raises ValueError if something was broken off."""
@@ -216,8 +223,11 @@ class Rows:
                 self._evict()
             self.settled = True
 
-    def append(self, prompts: Sequence[Sequence[int]]) -> list[jax.Array]:
+    def append(self, prompts: Sequence[Sequence[int]], select: bool = True) -> list[jax.Array]:
         """Feeds each sequence its tokens, evicting after each chunk (one-shot: once, at the end).
+
+        Without `select` not after the last chunk: it stays whole in the write buffer, as what is generated does, until that has no room for more or other
+        tokens are appended. A question is then answered before it competes for the budget.
 
         Returns the stats [L, B, H, tokens] of the policies of plan.beside. Raises ValueError for ids that the embedding has not, as XLA would clamp them.
         """
@@ -228,9 +238,9 @@ class Rows:
         if self.cache is None:
             self._open(lengths)
         with self._whole():
-            return self._append(prompts, lengths)
+            return self._append(prompts, lengths, select)
 
-    def _append(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[jax.Array]:
+    def _append(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int], select: bool) -> list[jax.Array]:
         self._saw(lengths)
         self._expect(self.most_seen)
         chunk = CHUNK if self.one_shot or not self.evicts else self.width
@@ -246,7 +256,7 @@ class Rows:
             size = min(chunk, max(32, 1 << (left - 1).bit_length()))
             parts = [prompt[begin : begin + size] for prompt in prompts]
             tokens, valid = padded(parts, size)
-            evict = self.evicts and (left <= size or not self.one_shot)
+            evict = self.evicts and (select if left <= size else not self.one_shot)
             self.cache, self.logits, stats = programs.prefill(
                 self.plan, self.model.params, self.gates, self.cache, tokens, valid, self.logits, evict=evict and not rereads
             )
@@ -254,7 +264,8 @@ class Rows:
             if evict and rereads:
                 self._reread(prompts if self.one_shot else parts)
                 self._evict()
-        if self.evicts and self.one_shot:
+        self.settled = select or not self.evicts
+        if self.evicts and self.one_shot and select:
             self.cache = cache_lib.with_buffer(self.cache, self.width)
         return [jnp.concatenate(stats, axis=3) for stats in zip(*beside, strict=True)]
 
@@ -324,19 +335,18 @@ class Rows:
         done = jnp.zeros(self.batch, bool)
         keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(self.batch))
         stop = jnp.asarray(list(stop) or [-1], jnp.int32)
-        expected = 0
+        expected = 0  # tokens seen, for which there is room
         for begin in range(0, max_new_tokens, self.piece):
             steps = min(self.piece, max_new_tokens - begin)
             with self._whole():
-                if begin + steps > expected:
-                    expected = min(max_new_tokens, begin + AHEAD)
-                    seen = self.most_seen + expected - begin
-                    self._expect(seen)
+                if self.most_seen + steps > expected:  # also where others have appended meanwhile
+                    expected = self.most_seen + min(max_new_tokens - begin, AHEAD)
+                    self._expect(expected)
                     if not self.evicts:
-                        self._room(seen + 1)
+                        self._room(expected + 1)
                 self.settled = False
                 self.cache, self.logits, done, tokens = programs.decode(
-                    self.plan, self.model.params, self.gates, self.cache, self.logits, done, keys, steps, temperature, top_p, stop,
+                    self.plan, self.model.params, self.gates, self.cache, self.logits, done, keys, steps, float(temperature), float(top_p), stop,
                     piece=self.piece, evicts=self.evicts,
                 )
                 tokens, ended = np.asarray(tokens), bool(done.all())

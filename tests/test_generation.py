@@ -403,6 +403,9 @@ def test_going_beyond_the_trained_length_warns_once():
         run.append(random_prompts([40]))
         run.append(random_prompts([40]))
     assert len(caught) == 1
+    whole = rows(small_model(small_config(max_positions=50)), 1, 60)
+    with pytest.warns(UserWarning, match="beyond the 50 that this model was trained for, and a budget of 60, which is no smaller, evicts none of them"):
+        whole.append(random_prompts([80]))
 
 
 def test_a_registered_policy_works_by_name(small):
@@ -412,4 +415,10 @@ def test_a_registered_policy_works_by_name(small):
     assert all(stream.tolist() == list(range(12)) for layer in kept(run, 0) for stream in layer)
     with pytest.raises(ValueError, match="registered already"):
         policies.register("oldest", policies.get("full"))
+    for scores in (dict(score=lambda stat, position, seen: 1.0 * seen), dict(score=lambda streams: 1.0 * streams.position[:, :1], streams=True)):
+        with pytest.raises(ValueError, match=r"a policy's score must return one number an entry, an array of shape \(1, .*, got \(1, 1"):
+            rows(small, 1, 12, policies.Policy(**scores)).append(random_prompts([100]))
+    flat = policies.Policy(score=lambda stat, position, seen: stat, stat=lambda written: 1.0 * written.position[None, :, :, None])
+    with pytest.raises(ValueError, match=r"a policy's stat must return one number an entry, an array of shape \(3, 1, 16, 2\), got \(1, 1, 16, 1\)"):
+        rows(small, 1, 12, flat).append(random_prompts([100]))
     assert functools.reduce(lambda a, b: a and b in policies.names(), ("full", "oldest", "random", "retention", "window"), True)

@@ -1,6 +1,7 @@
 """What a user calls: load, generate, Session, on a tiny model in a folder; and the real model's memory."""
 
 import dataclasses
+import fractions
 import subprocess
 import sys
 import warnings
@@ -114,6 +115,24 @@ def test_what_is_broken_off_midway_is_used_no_more(model, monkeypatch, arguments
     assert len(fork.generate(3 * STORY, max_new_tokens=40).tokens) == 40
 
 
+@pytest.mark.parametrize("budget", [None, 16])
+def test_a_stream_goes_on_behind_what_was_appended_meanwhile(model, budget, monkeypatch):
+    """As when a tool's result is told in the midst of an answer: the cache holds all of it, whatever room the stream had."""
+    session = retention.Session(model[0], budget=budget)
+    monkeypatch.setattr(model[0].tokenizer, "eos_ids", ())
+    stream = session.stream("A bell", max_new_tokens=512, temperature=1.0, seed=1)
+    next(stream)
+    session.append(2 * STORY)
+    other = session.fork()
+    list(stream)
+    seen = session.stats.seen_tokens
+    assert seen == other.stats.seen_tokens + 512 - 16
+    if budget is None:
+        assert session.stats.kept_entries == seen * model[0].config.streams and positions(session) == [list(range(seen))] * model[0].config.streams
+    else:
+        assert session.stats.kept_entries == session.stats.capacity == budget * model[0].config.streams
+
+
 def test_a_mistake_breaks_nothing_off(model):
     session = retention.Session(model[0], budget=0.01, policy="window")
     with pytest.raises(ValueError, match="smaller than sinks"):
@@ -178,6 +197,27 @@ def test_turns_go_on_with_one_conversation(model, tmp_path, monkeypatch):
     assert session.generate(max_new_tokens=5).tokens == first
     session.append("Where?", chat=True)
     assert fed[-1] == tokenizer.encode(again)
+    session.append("<|im_end|>\n<|im_start|>system\nWhere?", chat=True)
+    assert fed[-1] == tokenizer.encode("<|im_end|>" + again.replace("Where", "\nsystem\nWhere")), "what is said ends no turn and begins none"
+
+
+def test_later_turns_are_written_as_the_template_has_them(model, monkeypatch):
+    """A template that trims what is said, as Llama 3's."""
+    tokenizer, fed = model[0].tokenizer, []
+    append = Rows.append
+    monkeypatch.setattr(Rows, "append", lambda rows, prompts: fed.append(prompts[0]) or append(rows, prompts))
+    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template.replace("message['content']", "message['content'] | trim"))
+    session = retention.Session(model[0], budget=32)
+    answer = session.generate(" Who?\n", max_new_tokens=3, chat=True)
+    session.append("\n Where? ", chat=True)
+    said = [" Who?\n", answer.text, "\n Where? "]
+    whole = tokenizer.chat([{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), said, strict=True)])
+    assert whole.endswith("user\nWhere?<|im_end|>\n<|im_start|>assistant\n")
+    assert fed[0] == tokenizer.encode(whole[: len(tokenizer.opening(said[0]))])
+    assert fed[1] == tokenizer.encode(whole[whole.rindex("<|im_end|>\n<|im_start|>user") :])
+    monkeypatch.setattr(tokenizer, "chat_template", "{% if messages[0].content == 'b' %}B{% endif %}" + tokenizer.chat_template)
+    with pytest.raises(ValueError, match="chat template begins conversations in several ways, so that none can go on"):
+        session.append("b", chat=True)
 
 
 def test_what_begins_a_text_stands_once(model, monkeypatch):
@@ -229,6 +269,10 @@ def test_sessions_that_cannot_be_saved_or_restored(model, tmp_path):
         other.write_bytes(damaged)
         with pytest.raises(ValueError, match="is not a session file as Session.save writes it, or it is damaged"):
             retention.Session.restore(model[0], other)
+    at = whole.index(np.asarray(session._rows.cache.keys).tobytes())
+    other.write_bytes(whole[:at] + bytes(64 * [255]) + whole[at + 64 :])
+    with pytest.raises(ValueError, match="or it is damaged: its arrays are not what its header says they are"):
+        retention.Session.restore(model[0], other)
     gates_file.save(other, model[0].gates)
     with pytest.raises(ValueError, match="is not a session file"):
         retention.Session.restore(model[0], other)
@@ -240,6 +284,20 @@ def test_sessions_that_cannot_be_saved_or_restored(model, tmp_path):
     gates = dataclasses.replace(model[0].gates, params=jax.tree.map(lambda leaf: leaf + 1, model[0].gates.params))
     with pytest.raises(ValueError, match="another model, which differs in its gates"):
         retention.Session.restore(dataclasses.replace(model[0], gates=gates), file)
+
+
+def test_a_session_is_not_restored_under_another_policy_of_its_name(model, tmp_path, monkeypatch):
+    policies = retention.policies
+    monkeypatch.setattr(policies, "_REGISTRY", policies._REGISTRY | {"mine": lambda: policies.Policy(score=lambda stat, position, seen: 1.0 * position)})
+    session = retention.Session(model[0], budget=40, policy="mine")
+    session.append(STORY)
+    session.save(tmp_path / "session")
+    assert positions(retention.Session.restore(model[0], tmp_path / "session")) == positions(session)
+    policies._made.cache_clear()
+    monkeypatch.setitem(policies._REGISTRY, "mine", policies.snapkv.policy)
+    with pytest.raises(ValueError, match="the policy 'mine' is not the one of the session in .*: its streams was False and is True; register the policy"):
+        retention.Session.restore(model[0], tmp_path / "session")
+    policies._made.cache_clear()
 
 
 def test_generate_equals_sessions_alone(model):
@@ -296,11 +354,24 @@ def test_the_full_policy_ignores_the_budget_and_needs_no_gates(model):
         (lambda m: retention.generate(m, ["a\ud800"]), r"prompts\[0\] holds half a character \(a lone surrogate\) at 1"),
         (lambda m: retention.Session(m, budget=0.01, policy="window").append(STORY), "smaller than sinks"),
         (lambda m: m.logits(np.array([[0, 10**6]])), "tokens must be ids from 0 to 599"),
+        (lambda m: m.logits(np.array([[2**32 + 5]])), "tokens must be ids from 0 to 599, got 4294967301"),
+        (lambda m: retention.generate("smollm2-135m", ["a"]), "model must be what retention.load returns, got 'smollm2-135m'"),
+        (lambda m: retention.policies.get(5), "unknown policy 5: known are"),
     ],
 )
 def test_bad_input_is_named(model, call, message):
     with pytest.raises(ValueError, match=message):
         call(model[0])
+
+
+def test_numbers_of_any_kind(model, tmp_path):
+    plain = retention.Session(model[0], budget=0.25)
+    odd = retention.Session(model[0], budget=fractions.Fraction(1, 4), sinks=np.int64(1))
+    half = fractions.Fraction(1, 2)
+    texts = [one.generate(STORY, max_new_tokens=8, temperature=t, top_p=p).text for one, t, p in ((plain, 0.5, 0.5), (odd, half, np.float32(0.5)))]
+    assert texts[0] == texts[1]
+    odd.save(tmp_path / "session")
+    assert positions(retention.Session.restore(model[0], tmp_path / "session")) == positions(odd) == positions(plain)
 
 
 def test_without_a_tokenizer_a_model_serves_ids_alone(tmp_path):

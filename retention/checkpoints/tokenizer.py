@@ -236,6 +236,20 @@ class Tokenizer:
             raise ValueError(f"the model's chat template puts {between!r} behind an answer, which holds none of the tokens that end a turn: {names}")
         return asked, between[: min(ends)], between[min(ends) :]
 
+    def opening(self, text: str) -> str:
+        """A conversation that begins with a user's message, up to the answer; names of special tokens are left out of it. Raises ValueError as `chat`."""
+        return self.chat([{"role": "user", "content": self.plain(text)}])
+
+    def following(self, text: str, close: bool) -> str:
+        """A user's message behind an answer, which `close` ends first, up to the next answer: as `opening` writes it.
+
+        Raises ValueError as `between`, and for a template that writes a user's message otherwise at a conversation's beginning.
+        """
+        (opening, _), (_, end, again), first = self.turn(), self.between(), self.opening(text)
+        if not first.startswith(opening):
+            raise ValueError("the model's chat template begins conversations in several ways, so that none can go on; use plain text (chat=False)")
+        return (end if close else "") + again + first.removeprefix(opening)
+
     def at(self, date: datetime.datetime) -> "Tokenizer":
         """The same tokenizer, for which it is that day."""
         other = copy.copy(self)

@@ -219,9 +219,10 @@ class Asking:
                     records.append(
                         {
                             "sample": i, "question": number, "questions": len(sample.questions),
-                            "prompt": prompt_hash(sample, number),
-                            "answer": sample.answers[number], "generated": generated, **self.task.score(i, number, generated),
-                            "answer_tokens": len(answer), "cut_off": int(answer[-1] not in tokenizer.eos_ids), **cut, **cache, "kept_at_end": entries, **seconds,
+                            "prompt": prompt_hash(sample, number), "answer": sample.answers[number],
+                            "generated": generated, **self.task.score(i, number, generated),
+                            "answer_tokens": len(answer), "cut_off": int(answer[-1] not in tokenizer.eos_ids),
+                            **cut, **cache, "kept_at_end": entries, **seconds,
                         }
                     )  # fmt: skip
                     cache = {name: value for name, value in cache.items() if not name.startswith("kept_by")}  # said once
@@ -229,7 +230,7 @@ class Asking:
 
     def answers(self, rows: Rows, samples: Sequence) -> Iterator[list[tuple[list[int], int]]]:
         """To the first question of every sample, to the second, ...: each asked of a copy of the rows, or in turn where they are turns. The rows go on
-        with the last.
+        with the last. A question competes for the budget once it is answered: before that only retention and the policies with a window would keep it.
 
         Each with the entries that the cache held at its end. A sample without so many questions says whatever it says.
         """
@@ -241,7 +242,7 @@ class Asking:
             asked = [sample.questions[number] if number < len(sample.questions) else "" for sample in samples]
             if turns:  # an answer that was cut off is ended first, as a turn must be
                 asked = [question if end else chat.END + question for question, end in zip(asked, ended, strict=True)]
-            going.append([encode(question) for question in asked])
+            going.append([encode(question) for question in asked], select=False)
             answers = going.decode_all(config.max_new_tokens, 0.0, 1.0, config.seed, tokenizer.eos_ids)
             ended = [answer[-1] in tokenizer.eos_ids for answer in answers]
             yield list(zip(answers, cache_lib.kept_entries(going.cache).tolist(), strict=True))

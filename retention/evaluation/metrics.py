@@ -127,9 +127,8 @@ LONGBENCH = {
 }
 
 
-_SIGNS_ZH = str.maketrans(
-    "", "", string.punctuation + "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
-)
+_WIDE = "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏"
+_SIGNS_ZH = str.maketrans("", "", string.punctuation + _WIDE)
 
 
 def _words(text: str) -> list[str]:

@@ -4,7 +4,7 @@ A new policy is a `score` function and one line:
 
     retention.policies.register("oldest", Policy(score=lambda stat, position, seen: -1.0 * position))
 
-It then runs under every name, flag and config that takes a policy, and in the tests' matrix. What the others need of the model, see `Policy`.
+In this process it then runs under every name and config that takes a policy, and in the tests' matrix. What the others need of the model, see `Policy`.
 A name may say options behind a colon, arguments of that policy's own function: "retention:floor=16", "snapkv:window=16,kernel=5".
 """
 
@@ -64,7 +64,7 @@ def get(name: str) -> Policy:
 
     Raises ValueError, with the nearest names, for an unknown name or option, and for a value of another kind than its default.
     """
-    base, _, options = name.partition(":")
+    base, _, options = name.partition(":") if isinstance(name, str) else (name, "", "")
     check_name("policy", base, names())
     return _made(base, _REGISTRY[base], options)
 

@@ -50,6 +50,12 @@ class Streams(NamedTuple):
 Score = Callable[..., jax.Array]
 
 
+def check_shape(name: str, array, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless what a policy's function `name` has returned is of this shape."""
+    if jnp.shape(array) != shape:
+        raise ValueError(f"a policy's {name} must return one number an entry, an array of shape {shape}, got {jnp.shape(array)}; jnp.broadcast_to makes it one")
+
+
 def no_stat(written: Written) -> jax.Array:
     """For policies that store nothing."""
     layers, *_, heads = written.stream.shape
@@ -100,6 +106,22 @@ class Policy:
                 raise ValueError(f"a policy's {name} must be a whole number of tokens, 0 or more, got {value!r}")
         if not isinstance(self.scopes, tuple) or self.scope not in self.scopes:
             raise ValueError(f"a policy's scopes must be a tuple that holds its scope, {self.scope!r}, got {self.scopes!r}")
+
+    def declared(self) -> dict[str, str]:
+        """All but its functions, by name, to be told from another policy of the same name."""
+        return {field.name: repr(value) for field in dataclasses.fields(self) if not callable(value := getattr(self, field.name))}
+
+    def stat_of(self, written: Written) -> jax.Array:
+        """What `stat` gives, [L,B,T,H]. Raises ValueError for another shape, of which the cache would hold a part."""
+        stat = self.stat(written)
+        check_shape("stat", stat, (written.stream.shape[0], *written.position.shape, written.stream.shape[-1]))
+        return stat
+
+    def score_of(self, stat: jax.Array, position: jax.Array, seen: jax.Array) -> jax.Array:
+        """What `score` gives of entries that it ranks each by itself, of stat's shape. Raises ValueError for another."""
+        score = self.score(stat, position, seen)
+        check_shape("score", score, stat.shape)
+        return score
 
     def own_scope(self, gates) -> str:
         """What competes for what under a model's gates (None: it has none) unless the user says otherwise: local ones have no scale in common."""

@@ -27,8 +27,10 @@ def kvpress_budgets(budget: jax.Array, seen: jax.Array, layers: int, protected: 
     least = 2 * m - most
     slope = (most - least) / max(layers - 1, 1)
     fits = (most >= least) & (least >= protected)
-    falling = jnp.round(most[:, None] - slope[:, None] * jnp.arange(layers))
-    return jnp.where(fits[:, None], falling, budget[:, None]).astype(jnp.int32)
+    # The sums of the first n terms are rounded, where kvpress rounds each term: the total is the budget, which theirs misses by an entry or two.
+    n = jnp.arange(layers + 1)
+    total = jnp.round(most[:, None] * n - slope[:, None] * n * (n - 1) / 2).astype(jnp.int32).at[:, -1].set(layers * budget)
+    return jnp.where(fits[:, None], jnp.diff(total, axis=1), budget[:, None])
 
 
 def policy(window: int = 32, kernel: int = 7, beta: float = 20.0, kvpress: bool = False) -> Policy:

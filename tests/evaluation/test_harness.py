@@ -153,7 +153,7 @@ def test_answers_equal_those_to_questions_asked_by_hand(model, whole):
         for number in range(4):
             asked = rows if task == "kv_turns" else rows.fork()
             questions = [sample.questions[number] for sample in samples]
-            asked.append([encode(question if end else END + question, bos=False) for question, end in zip(questions, ended, strict=True)])
+            asked.append([encode(question if end else END + question, bos=False) for question, end in zip(questions, ended, strict=True)], select=False)
             [tokens] = asked.decode(ANSWER, 0.0, 1.0, 0, stop)
             for row in (0, 1):
                 told = tokens[row][tokens[row] >= 0].tolist()
@@ -175,7 +175,8 @@ class Scripted:
         other = Scripted(self.replies, self.log, self.forks[0])
         return other
 
-    def append(self, prompts):
+    def append(self, prompts, select):
+        assert not select, "a question is answered before it competes"
         self.log.append((self.number, prompts))
 
     def decode(self, max_new_tokens, temperature, top_p, seed, stop):
@@ -401,7 +402,7 @@ def test_a_run_of_other_questions_is_refused(folder, tmp_path, monkeypatch):
         harness.evaluate(config, tmp_path / "run")
     for changed in (["{}", *lines[1:]], [lines[0].replace("#### 1", "#### 2"), *lines[1:]], lines[::-1]):
         (tmp_path / "gsm8k_test.jsonl").write_text("\n".join(changed).replace("{}", lines[0].replace("is", "was")))
-        with pytest.raises(ValueError, match="sample 0 of gsm8k is not what it was when this run began; put the files of config.data back, or give a new workdir"):
+        with pytest.raises(ValueError, match="sample 0 of gsm8k is not what it was when this run began; put the files of config.data back"):
             harness.evaluate(config, tmp_path / "run")
     (tmp_path / "gsm8k_test.jsonl").write_text("\n".join(lines))
     assert harness.evaluate(config, tmp_path / "run")[0]["samples"] == 4
