@@ -74,7 +74,7 @@ def note_queries(config: Config, policy: Policy, noted: dict, q: jax.Array, posi
         counted = (jnp.arange(q.shape[1]) < valid[:, None]) & (positions >= policy.moments)
         plain = jnp.where(counted[..., None, None, None], plain, 0)
         new["query_sum"] = noted["query_sum"] + plain.sum(axis=1)
-        new["query_outer"] = noted["query_outer"] + jnp.einsum("BTHGC,BTHGD->BHGCD", plain, plain)
+        new["query_outer"] = noted["query_outer"] + jnp.einsum("BTHGC,BTHGD->BHGCD", plain, plain, precision=jax.lax.Precision.HIGHEST)
     return new
 
 

@@ -46,9 +46,9 @@ def masked_full_logits(model, tokens, visible):
 class Recorder:
     """Runs Rows chunk by chunk and token by token, noting for every query which positions each stream held."""
 
-    def __init__(self, run, prompts, steps):
+    def __init__(self, run, prompts, steps, questions=None):
         self.run, config = run, run.model.config
-        batch, total = len(prompts), max(map(len, prompts)) + steps
+        batch, total = len(prompts), max(map(len, prompts)) + steps + max(map(len, questions or [()]))
         self.visible = np.zeros((batch, config.layers, config.kv_heads, total, total), bool)
         self.tokens, self.logits = [list(prompt) for prompt in prompts], [[] for _ in prompts]
         chunk = run.width
@@ -58,6 +58,12 @@ class Recorder:
                 for query in range(begin, begin + len(part)):
                     self.note(row, query, range(begin, query + 1))
             run.append(parts)
+        if questions:
+            for row, (prompt, question) in enumerate(zip(prompts, questions, strict=True)):
+                for query in range(len(prompt), len(prompt) + len(question)):
+                    self.note(row, query, range(len(prompt), query + 1))
+                self.tokens[row] += question
+            run.append(questions, select=False)
         run.piece = 1
         self.evictions = 0
         for piece in run.decode(steps, 0.0, 1.0, 0, stop=()):
@@ -106,6 +112,29 @@ def test_evicting_equals_the_masked_full_cache_at_every_step(small, scope, polic
             assert visible[:, :, -1, :sinks].all()
         if window:
             assert visible[:, :, -1, -window:].all()
+
+
+@pytest.mark.parametrize("policy", ["knorm", "retention", "kvzip"])
+def test_a_question_is_whole_until_it_is_answered(small, policy):
+    """Appended without a selection it stays in the write buffer, also where the policy would not keep it, until that is full or the answer ends."""
+    prompts, questions = random_prompts([50, 33]), random_prompts([9, 4])
+    run = rows(small, 2, 12, policy, sinks=0)
+    for context in (prompts, questions):
+        run.append(context, select=context is prompts)
+    for row, (prompt, question) in enumerate(zip(prompts, questions, strict=True)):
+        asked = list(range(len(prompt), len(prompt) + len(question)))
+        assert all(stream.tolist()[-len(asked) :] == asked for layer in kept(run, row) for stream in layer)
+    again = run.fork()
+    again.append(random_prompts([3, 2]))
+    assert cache.kept_entries(again.cache).tolist() == [12 * small.config.streams] * 2, "the next turn begins with a selection"
+
+    record = Recorder(rows(small, 2, 12, policy, sinks=0), prompts, 20, questions)
+    assert cache.kept_entries(record.run.cache).tolist() == [12 * small.config.streams] * 2, "and an answer ends with one"
+    for row, (prompt, question) in enumerate(zip(prompts, questions, strict=True)):
+        total = len(prompt) + len(question) + 20
+        visible = record.visible[row, :, :, :total, :total]
+        expected = masked_full_logits(small, record.tokens[row], visible)[total - 20 :]
+        assert np.abs(np.stack(record.logits[row]) - expected).max() <= 1e-5 * np.ptp(expected)
 
 
 def test_evicted_entries_change_the_answer(small):

@@ -10,7 +10,10 @@ from retention.policies.base import Policy, Streams
 
 
 def score(streams: Streams, kernel: int, window: int, floor: float) -> jax.Array:
-    """SnapKV's; each stream's best `floor` of the budget, its protected entries counted, outrank all that is not protected."""
+    """SnapKV's; each stream's best `floor` of the budget, its protected entries counted, outrank all that is not protected.
+
+    So in kvpress; the authors' own code takes `floor` of what is left beside the window, so that at small budgets more of a stream is safe there.
+    """
     scores = snapkv.score(streams, kernel)
     newest = streams.position >= (streams.seen - window)[:, None, None]
     ranked = jnp.where(streams.live, jnp.where(newest, jnp.inf, scores), -jnp.inf)

@@ -19,7 +19,10 @@ def stat(written: Written) -> jax.Array:
 
 
 def score(streams: Streams, kernel: int, alpha: float) -> jax.Array:
-    """alpha A + (1 - alpha) softmax(E); A is the mean attention of the noted queries over the `kernel` neighbours of an entry, scaled to sum to 1."""
+    """alpha A + (1 - alpha) softmax(E); A is the mean attention of the noted queries over the `kernel` neighbours of an entry, scaled to sum to 1.
+
+    The queries' own tokens take part in both, which the paper leaves open; SnapKV leaves them out.
+    """
     votes = attention.mean_over_queries(attention.weights(streams), streams)
     votes = jnp.where(streams.live, attention.pool(votes, kernel).mean(axis=2), 0)
     votes = votes / jnp.maximum(votes.sum(axis=-1, keepdims=True), 1e-12)

@@ -12,7 +12,8 @@ def score(streams: Streams, lag: int) -> jax.Array:
     """The rank of an entry within its partition of `lag`, in [0, 1), by the mean of its keys' and values' softmax over the partition of the deviation,
     over channels, of what is scaled by the next partition's smallest and largest.
 
-    Partitions begin behind the sinks; the last full one and what follows are kept first (1), as are the sinks.
+    Partitions begin behind the sinks; the last full one and what follows are kept first (1), as are the sinks. At every eviction they are cut anew from
+    what is left, where the paper ranks a partition once: in chunks and turns, unlike in one-shot prefill, old ones shrink each time.
     """
     batch, heads, entries, dim = streams.keys.shape
     sinks = min(streams.sinks, entries)

@@ -9,28 +9,33 @@ from retention.policies import snapkv
 from retention.policies.base import Policy
 
 
-def budgets(budget: jax.Array, seen: jax.Array, layers: int, protected: jax.Array, beta: float) -> jax.Array:
-    """[B, L] int32: what is protected and an arithmetic sequence of mean M - protected whose last term is 1/beta of its mean. Sums to L*M exactly."""
-    # The first n terms, as a share of the whole: sum of (2 - 1/beta) - i (2 - 2/beta) / (L - 1) over i < n, divided by L.
+def falling(most: jax.Array, mean: jax.Array, layers: int) -> jax.Array:
+    """[B, L] int32: an arithmetic sequence that begins with `most` [B], of this `mean` [B]. Sums of its first n terms are rounded, not the terms: the
+    total is L * mean exactly."""
+    most, slope = most[:, None], 2 * (most - mean)[:, None] / max(layers - 1, 1)
     n = jnp.arange(layers + 1)
-    step = (2 - 2 / beta) / max(layers - 1, 1)
-    first = 2 - 1 / beta if layers > 1 else 1.0
-    share = (first * n - step * n * (n - 1) / 2) / layers
-    total = jnp.round(share * (layers * jnp.maximum(budget - protected, 0))[:, None].astype(jnp.float32)).astype(jnp.int32)
-    return jnp.minimum(budget, protected)[:, None] + jnp.diff(total, axis=1)
+    total = jnp.round(n * most - slope * n * (n - 1) / 2).astype(jnp.int32)
+    return jnp.diff(total.at[:, -1].set(layers * mean), axis=1)
+
+
+def budgets(budget: jax.Array, seen: jax.Array, layers: int, protected: jax.Array, beta: float) -> jax.Array:
+    """[B, L] int32: what is protected and an arithmetic sequence of mean M - protected whose last term is 1/beta of its mean. Sums to L*M exactly.
+
+    No layer has more than was seen: then the sequence falls more slowly, and not at all where all entries fit.
+    """
+    least = jnp.minimum(budget, protected)
+    mean = budget - least
+    most = jnp.clip(2 * mean - mean / beta, mean, jnp.maximum(seen - protected, mean))
+    return least[:, None] + falling(most, mean, layers)
 
 
 def kvpress_budgets(budget: jax.Array, seen: jax.Array, layers: int, protected: jax.Array, beta: float) -> jax.Array:
-    """As kvpress has them: the sequence's mean is M, what is protected (theirs: the window) included; where its end falls below that, every layer gets M."""
-    m, room = budget.astype(jnp.float32), (seen - protected).astype(jnp.float32)
-    most = jnp.minimum(2 * m - m / beta, room)
-    least = 2 * m - most
-    slope = (most - least) / max(layers - 1, 1)
+    """As kvpress has them, but for an entry or two, by which theirs miss the budget: the sequence's mean is M, what is protected (theirs: the window)
+    included; where its end falls below that, every layer gets M."""
+    most = jnp.minimum(2 * budget - budget / beta, seen - protected)
+    least = 2 * budget - most
     fits = (most >= least) & (least >= protected)
-    # The sums of the first n terms are rounded, where kvpress rounds each term: the total is the budget, which theirs misses by an entry or two.
-    n = jnp.arange(layers + 1)
-    total = jnp.round(most[:, None] * n - slope[:, None] * n * (n - 1) / 2).astype(jnp.int32).at[:, -1].set(layers * budget)
-    return jnp.where(fits[:, None], jnp.diff(total, axis=1), budget[:, None])
+    return jnp.where(fits[:, None], falling(most, budget, layers), budget[:, None])
 
 
 def policy(window: int = 32, kernel: int = 7, beta: float = 20.0, kvpress: bool = False) -> Policy:

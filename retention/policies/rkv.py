@@ -38,13 +38,12 @@ def redundancy(keys: jax.Array, live: jax.Array, threshold: float) -> jax.Array:
 def score(streams: Streams, kernel: int, balance: float, threshold: float) -> jax.Array:
     """balance * attention - (1 - balance) * redundancy.
 
-    The attention is the mean over the noted queries of the softmax of the largest logit among the query heads, and of that the largest among the
-    `kernel` neighbours.
+    The attention is the mean over the noted queries of the softmax, over the entries older than they, of the largest logit among the query heads, and
+    of that the largest among the `kernel` neighbours.
     """
-    votes = attention.weights(streams, lambda logits: logits.max(axis=2, keepdims=True))[:, :, 0]
-    votes = attention.mean_over_queries(votes, streams)
     older = attention.before_queries(streams)
-    votes = jnp.where(older, attention.pool(jnp.where(older, votes, 0), kernel, jnp.max), votes)
+    votes = attention.weights(streams, lambda logits: logits.max(axis=2, keepdims=True), older)[:, :, 0]
+    votes = jnp.where(older, attention.pool(attention.mean_over_queries(votes, streams), kernel, jnp.max), 0)
     return balance * votes - (1 - balance) * redundancy(streams.keys, streams.live, threshold)
 
 
