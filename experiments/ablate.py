@@ -12,7 +12,8 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from experiments import check_arguments
+from configs import ablations
+from experiments import check_arguments, check_config
 from retention.evaluation.harness import evaluate
 from retention.evaluation.plots import measure_of
 from retention.evaluation.report import typed
@@ -41,6 +42,7 @@ def gates_and_scores(config: ConfigDict, variant: str, seed: int, folder: pathli
 def main(argv):
     check_arguments(argv)
     config = CONFIG.value
+    check_config(config, ablations.get_config(), "one such as configs/ablations.py")
     for variant in config.order:
         check_name("variant", variant, sorted(config.variants))
     run = RunFolder(WORKDIR.value, config, free=("order", "seeds"))

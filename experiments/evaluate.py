@@ -3,7 +3,8 @@
 from absl import app, flags
 from ml_collections import config_flags
 
-from experiments import check_arguments
+from configs import eval_needles
+from experiments import check_arguments, check_config
 from retention.evaluation.harness import evaluate
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The evaluation, a file of configs/.", lock_config=True)
@@ -13,6 +14,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main(argv):
     check_arguments(argv)
+    check_config(CONFIG.value, eval_needles.get_config(), "one of configs/eval_*.py")
     for row in evaluate(CONFIG.value, WORKDIR.value):
         measured = f"score {row['score']:.3f} ({row['low']:.3f} to {row['high']:.3f})" if "score" in row else f"KL {row['kl']}"
         budget = "all" if row["budget"] is None else f"{row['budget']:g}"

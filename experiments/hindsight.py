@@ -9,7 +9,8 @@ from absl import app, flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from experiments import check_arguments
+from configs import eval_needles
+from experiments import check_arguments, check_config
 from retention.evaluation import hindsight, prose
 from retention.evaluation.cells import check_numbers
 from retention.evaluation.harness import batches, inputs, load
@@ -23,6 +24,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv):
     check_arguments(argv)
     config = CONFIG.value
+    check_config(config, eval_needles.get_config(), "one of configs/eval_*.py")
     check_numbers(config)
     model, texts = load(config, None)
     tokens = [model.tokenizer.encode(one) for one in texts]

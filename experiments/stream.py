@@ -11,7 +11,8 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from experiments import check_arguments
+from configs import stream as stream_config
+from experiments import check_arguments, check_config
 from retention import chat
 from retention.evaluation import needles, prose, streaming
 from retention.evaluation.harness import inputs, load
@@ -48,6 +49,7 @@ def check(config: ConfigDict) -> None:
 def main(argv):
     check_arguments(argv)
     config = CONFIG.value
+    check_config(config, stream_config.get_config(), "configs/stream.py:story or :prose")
     check(config)
     model, texts = load(config, config.gates)
     run = RunFolder(WORKDIR.value, config, program="stream", **inputs(model, texts))

@@ -9,7 +9,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import check_arguments
+from configs import smollm2_135m
+from experiments import check_arguments, check_config
 from retention import distributed
 from retention.training.loop import Preempted, train
 
@@ -25,6 +26,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main(argv):
     check_arguments(argv)
+    check_config(CONFIG.value, smollm2_135m.get_config(), "one such as configs/smollm2_135m.py")
     if DISTRIBUTED.value:
         distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     elif (COORDINATOR.value, PROCESSES.value, PROCESS.value) != (None, None, None):

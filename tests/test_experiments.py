@@ -1,6 +1,7 @@
 """The programs that a user starts on a model of their own: what they refuse, and that it is found before the model is loaded."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -59,3 +60,16 @@ def test_kept_says_that_it_needs_a_tokenizer(folder, tmp_path):
 def test_mistakes_are_found_before_a_model_is_looked_for(tmp_path, arguments, message):
     failed = run(*(one.format(tmp_path) for one in arguments), f"--model={tmp_path}/absent")
     assert failed.returncode != 0 and message in failed.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "program, config, message",
+    [
+        ("evaluate", "smollm2_135m.py", "--config has no .*samples.*: it is another program's; give one of configs/eval_"),
+        ("train_gates", "eval_needles.py", "--config has no .*checkpoint_every.*: it is another program's; give one such as configs/smollm2_135m.py"),
+        ("stream", "eval_needles.py", "--config has no .*piece.*: it is another program's; give configs/stream.py:story or :prose"),
+    ],
+)
+def test_a_config_of_another_program_is_refused(tmp_path, program, config, message):
+    failed = run(program, f"--config=configs/{config}", f"--workdir={tmp_path}/run")
+    assert failed.returncode != 0 and re.search(message, failed.stderr + failed.stdout) and not (tmp_path / "run").exists()

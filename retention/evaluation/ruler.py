@@ -10,6 +10,7 @@
   kv_turns         a table of keys and values, asked for a key in each of four turns
   needle_turns     four needles told in four turns of a dialogue, asked for in four later ones
 
+Of HotpotQA's questions qa_2 asks those alone whose answer stands in their paragraphs and not in the question: no yes or no, no choice of two.
 The words differ from the paper's; the one-shot example that its authors put before vt and cwe is left out. Each question ends, like theirs,
 with the first words of its answer.
 """

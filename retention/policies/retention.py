@@ -22,7 +22,8 @@ def score(stat: jax.Array, position: jax.Array, seen: jax.Array, lookahead: int 
     """The log of what an entry will be worth; stat is log beta.
 
     lookahead 1: at the next token, (seen - position) log beta, the distance that training's bias has there (METHOD counts one more).
-    lookahead n > 1: the mean over the n tokens after that one, (seen + 1 - position) log beta + log(1 - beta^n) - log(1 - beta) - log n, METHOD's sum but for log n, in which a beta near 1 would drown.
+    lookahead n > 1: the mean over the n tokens after that one, (seen + 1 - position) log beta + log(1 - beta^n) - log(1 - beta) - log n, METHOD's sum but
+    for log n, in which a beta near 1 would drown.
     """
     if lookahead == 1:
         return (seen - position) * stat
