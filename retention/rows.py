@@ -330,8 +330,8 @@ class Rows:
         self.logits, self.seen = logits, np.asarray(cache.seen, np.int64)
 
     def decode(self, max_new_tokens: int, temperature: float, top_p: float, seed: int, stop: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yields [B, piece] tokens at a time, -1 past a sequence's end, until all have ended or have max_new_tokens."""
-        self.settle()
+        """Yields [B, piece] tokens at a time, -1 past a sequence's end, until all have ended or have max_new_tokens; then a selection follows."""
+        self.check_whole()
         done = jnp.zeros(self.batch, bool)
         keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(self.batch))
         stop = jnp.asarray(list(stop) or [-1], jnp.int32)

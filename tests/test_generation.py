@@ -133,6 +133,9 @@ def test_a_question_is_whole_until_it_is_answered(small, policy):
     for row, (prompt, question) in enumerate(zip(prompts, questions, strict=True)):
         total = len(prompt) + len(question) + 20
         visible = record.visible[row, :, :, :total, :total]
+        # Of the buffer's 16 tokens the first answers leave some: no selection, and the question is seen whole.
+        assert visible[:, :, total - 20 : total - 16, len(prompt) : total - 20].all()
+        assert policy == "kvzip" or not visible[:, :, total - 1, len(prompt) : total - 20].all()  # KVzip lets what it has not read again outrank all else
         expected = masked_full_logits(small, record.tokens[row], visible)[total - 20 :]
         assert np.abs(np.stack(record.logits[row]) - expected).max() <= 1e-5 * np.ptp(expected)
 
