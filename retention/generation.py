@@ -157,6 +157,7 @@ class Session:
     ) -> Iterator[str]:
         """Appends `text`, if any, and yields the continuation in pieces as it is decoded. Returns the Generation (the generator's return value).
 
+        `text` competes for the budget before it is answered, as in `append`: a policy without a window may drop some of a question, retention does not.
         Abandoned between two pieces, the session goes on from the last one; broken off inside one (Ctrl-C), it is used no more: see `append`.
         """
         check_sampling(max_new_tokens, temperature, top_p, seed)
