@@ -157,7 +157,8 @@ class Session:
     ) -> Iterator[str]:
         """Appends `text`, if any, and yields the continuation in pieces as it is decoded. Returns the Generation (the generator's return value).
 
-        `text` competes for the budget before it is answered, as in `append`: a policy without a window may drop some of a question, retention does not.
+        `text` competes for the budget before it is answered, as in `append`: a policy that protects no window may drop much of a
+        question first. Retention answers as well either way (experiments/LOG.md, 2026-11-30).
         Abandoned between two pieces, the session goes on from the last one; broken off inside one (Ctrl-C), it is used no more: see `append`.
         """
         check_sampling(max_new_tokens, temperature, top_p, seed)

@@ -89,7 +89,8 @@ class RunFolder:
         self.log_all([record])
 
     def finish(self, **facts) -> dict:
-        """Writes and returns run_meta.json: commit, command, versions, device, seconds, and the facts given (seed, ...).
+        """Writes and returns run_meta.json: commit, command, versions, device, seconds since this process opened the folder, and the
+        facts given (seed, ...).
 
         That of a run which was finished before, and to which nothing was added, stays as it is.
         """

@@ -230,7 +230,7 @@ class Asking:
 
     def answers(self, rows: Rows, samples: Sequence) -> Iterator[list[tuple[list[int], int]]]:
         """To the first question of every sample, to the second, ...: each asked of a copy of the rows, or in turn where they are turns. The rows go on
-        with the last. A question competes for the budget once it is answered: before that only retention and the policies with a window would keep it.
+        with the last. A question competes for the budget once it is answered, as in the rivals' papers: those that protect no window would drop it.
 
         Each with the entries that the cache held at its end. A sample without so many questions says whatever it says.
         """
