@@ -261,7 +261,7 @@ class Model:
         if tokens.ndim != 2 or tokens.size == 0:
             raise ValueError(f"tokens must be [B, T] with T > 0 and B > 0, got shape {tokens.shape}")
         if not np.issubdtype(tokens.dtype, np.integer):
-            raise ValueError(f"tokens must be whole numbers, the ids of tokens, got {tokens.dtype}")
+            raise ValueError(f"tokens must be whole numbers, the ids of tokens, got {jax.dtypes.canonicalize_dtype(tokens.dtype)}")
         if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:  # XLA would clamp them without a word
             raise ValueError(f"tokens must be ids from 0 to {self.config.vocab_size - 1}, got {tokens.min()} to {tokens.max()}")
         return full_logits(self.config, self.params, tokens)
