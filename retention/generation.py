@@ -91,11 +91,9 @@ def generate(
         raise ValueError("prompts must be a list of at least one text")
     check_sampling(max_new_tokens, temperature, top_p, seed)
     rows = Rows(model, len(prompts), budget, policy, scope, prefill_chunk, sinks, window)
-    texts = []
     for i, prompt in enumerate(prompts):
         check_text(model, prompt, f"prompts[{i}]")
-        texts.append(model.tokenizer.opening(prompt) if chat else prompt)
-    rows.append([model.tokenizer.encode(text) for text in texts])
+    rows.append([model.tokenizer.encode(model.tokenizer.opening(prompt) if chat else prompt) for prompt in prompts])
     tokens = rows.decode_all(max_new_tokens, temperature, top_p, seed, model.tokenizer.eos_ids)
     return [Generation(model.tokenizer.decode(row), row, rows.stats(i)) for i, row in enumerate(tokens)]
 

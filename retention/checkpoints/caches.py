@@ -1,6 +1,5 @@
 """A cache, and the logits behind its last tokens, in one safetensors file: how sessions and long streams are kept."""
 
-import hashlib
 import pathlib
 from collections.abc import Collection, Mapping
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from retention.cache import Cache
 from retention.checkpoints import arrays
+from retention.runs import digest
 
 _NOTED = "noted."  # before the names of Cache.noted
 
@@ -19,21 +19,18 @@ def save(path: str | pathlib.Path, cache: Cache, logits: jax.Array, facts: Mappi
     fields = cache._asdict()
     noted = {_NOTED + name: array for name, array in fields.pop("noted").items()}
     written = {name: np.asarray(array) for name, array in {**fields, **noted, "logits": logits}.items()}
-    arrays.save(path, written, {**facts, "sha256": _digest(written)})
+    arrays.save(path, written, {**facts, "digest": _digest(written)})
 
 
 def _digest(written: Mapping[str, np.ndarray]) -> str:
-    whole = hashlib.sha256()
-    for name in sorted(written):
-        whole.update(f"{name} {written[name].shape} ".encode() + written[name].tobytes())
-    return whole.hexdigest()
+    return digest(part for name in sorted(written) for part in (f"{name} {written[name].shape} ".encode(), written[name].tobytes()))
 
 
 def load(path: str | pathlib.Path, facts: Collection[str], kind: str, writer: str) -> tuple[Cache, jax.Array, dict[str, dict]]:
     """The cache, the logits, and the facts of these names. Raises as `arrays.load`, to which kind and writer are told."""
 
     def parts(found, said):
-        if said["sha256"] != _digest(found):
+        if said["digest"] != _digest(found):
             raise ValueError("its arrays are not what its header says they are")
         found = {name: jnp.asarray(array) for name, array in found.items()}
         logits = found.pop("logits")

@@ -49,7 +49,8 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
     cells.check(config, model, table)
     run = RunFolder(workdir, config, program="evaluate", **inputs(model, texts))
     drop_cut_batches(run, config)
-    done = {(Cell(**record["cell"]), record["sample"]) for record in run.metrics()}
+    before = run.metrics()
+    done = {(Cell(**record["cell"]), record["sample"]) for record in before}
     missing: dict[tuple, list[Cell]] = {}
     for cell in table:
         if not all((cell, sample) in done for sample in range(config.samples)):
@@ -57,7 +58,7 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
     loaded = {(task, length): (prose_task if task == "prose" else asking_task)(config, model, texts, task, length) for task, length in missing}
     for key, group in missing.items():
         cells.check_fractions(config, model, group, loaded[key].shortest())
-        loaded[key].check([record for record in run.metrics() if (record["cell"]["task"], record["cell"]["length"]) == key])
+        loaded[key].check([record for record in before if (record["cell"]["task"], record["cell"]["length"]) == key])
     compiled: set[tuple[Cell, int]] = set()
     with tqdm(total=len(table) * config.samples, initial=len(done), unit="sample", desc="evaluating", smoothing=0) as progress:
         for (task, length), group in missing.items():
@@ -193,11 +194,12 @@ class Asking:
 
     def check(self, records: Sequence[dict]) -> None:
         """Raises ValueError where records of this task are of other questions or answers, as when a file of config.data has changed."""
-        for record in records:
-            i, number = record["sample"], record["question"]
+        # As JSON, which has no tuples; once for each question, whatever the number of cells.
+        told = {(one["sample"], one["question"], one["questions"], one["prompt"], json.dumps(one["answer"])) for one in records}
+        for i, number, *then in sorted(told):
             sample = self.task.samples[i]
-            now = [len(sample.questions), prompt_hash(sample, number), sample.answers[number]] if number < len(sample.questions) else None
-            if json.loads(json.dumps(now)) != [record["questions"], record["prompt"], record["answer"]]:
+            now = [len(sample.questions), prompt_hash(sample, number), json.dumps(sample.answers[number])] if number < len(sample.questions) else None
+            if then != now:
                 what = f"sample {i} of {self.task.name} is not what it was when this run began"
                 raise ValueError(f"{what}; put the files of config.data back, or give a new workdir")
 
