@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
     config.order = ("baseline", "local", "no_capacity", "no_kl", "no_answer_kl", "no_ntp", "linear", "bias_0", "tie_heads", "budgets_6", "budgets_25")
     # Each with the gates that a variant has come to; local ones under the budget of a stream that they were trained for.
     config.evaluate = eval_needles.get_config()
+    config.evaluate.model, config.evaluate.dtype = config.train.get_ref("model"), config.train.get_ref("dtype")
     config.evaluate.tasks = ("needle", "prose")
     config.evaluate.lengths = (1024,)
     config.evaluate.policies = ("retention",)

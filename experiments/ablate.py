@@ -17,6 +17,7 @@ from experiments import check_arguments, check_config
 from retention.evaluation.harness import evaluate
 from retention.evaluation.plots import measure_of
 from retention.evaluation.report import typed
+from retention.gates import GateConfig
 from retention.names import check_name
 from retention.runs import RunFolder, write_table
 from retention.training.loop import train
@@ -28,12 +29,18 @@ flags.FLAGS.verbosity = logging.FATAL  # as in train_gates
 flags.mark_flags_as_required(["config", "workdir"])
 
 
+def training(config: ConfigDict, variant: str, seed: int) -> ConfigDict:
+    """The config of a variant's training. Raises KeyError for an entry that there is not, ValueError for gates that there cannot be."""
+    changed = config.train.copy_and_resolve_references()
+    changed.update(config.variants[variant])
+    changed.seed = seed
+    GateConfig(**changed.gate)
+    return changed
+
+
 def gates_and_scores(config: ConfigDict, variant: str, seed: int, folder: pathlib.Path) -> list[dict]:
     """The evaluation's table for one variant's gates of one seed."""
-    training = config.train.copy_and_resolve_references()
-    training.update(config.variants[variant])
-    training.seed = seed
-    train(training, folder)
+    train(training(config, variant, seed), folder)
     evaluation = config.evaluate.copy_and_resolve_references()
     evaluation.gates = str(folder / "gates.safetensors")
     return evaluate(evaluation, folder / "evaluation")
@@ -45,6 +52,7 @@ def main(argv):
     check_config(config, ablations.get_config(), "one such as configs/ablations.py")
     for variant in config.order:
         check_name("variant", variant, sorted(config.variants))
+        training(config, variant, 0)  # a mistake should not wait for the variants before it
     run = RunFolder(WORKDIR.value, config, free=("order", "seeds"))
     for seed in config.seeds:
         for variant in config.order:

@@ -22,9 +22,9 @@ flags.mark_flags_as_required(["gates", "out"])
 
 def main(argv):
     check_arguments(argv)
-    trained = gates.load(GATES.value, checkpoints.load(MODEL.value, gates=None).config)
+    trained = gates.load(GATES.value, checkpoints.load(MODEL.value, gates=None, dtype="bfloat16").config)
     params = {name: np.asarray(leaf, np.float16 if name in ("w1", "w2") else np.float32) for name, leaf in trained.params.items()}
-    facts = ("model", "commit", "versions", "device", "seconds", "seed", "steps")
+    facts = ("model", "commit", "versions", "device", "seconds", "seed", "steps", "first_step")
     if missing := [name for name in facts if name not in trained.record]:
         raise ValueError(f"--gates {GATES.value} does not say of its training the {', '.join(missing)}; give a file that train_gates wrote")
     record = {name: trained.record[name] for name in facts} | {"model": pathlib.Path(trained.record["model"]).name}

@@ -14,7 +14,7 @@ flags.mark_flag_as_required("workdir")
 
 def main(argv):
     check_arguments(argv)
-    folder = pathlib.Path(WORKDIR.value)
+    folder = pathlib.Path(WORKDIR.value).expanduser()
     file = folder / "metrics.jsonl"
     if not file.exists():
         raise FileNotFoundError(f"there is no {file}; give the --workdir of a training run")

@@ -4,6 +4,7 @@ On several machines the same line runs on each, with --distributed; see the READ
 program ends with status 143; the same line goes on from it.
 """
 
+import pathlib
 import sys
 
 from absl import app, flags, logging
@@ -37,7 +38,7 @@ def main(argv):
         print(stop, file=sys.stderr)
         sys.exit(143)  # as a shell has it for a process that SIGTERM ended
     if distributed.is_primary():
-        print(f"{WORKDIR.value}/gates.safetensors")
+        print(pathlib.Path(WORKDIR.value).expanduser() / "gates.safetensors")
 
 
 if __name__ == "__main__":

@@ -217,6 +217,7 @@ def select(
     floor: int = 0,
     layer_budgets: jax.Array | None = None,
     lowest: float = -np.inf,
+    due: jax.Array | None = None,
 ) -> Cache:
     """One eviction: ranks pool and buffer together, keeps the best within the budget, and compacts them into the pool; the buffer ends empty.
 
@@ -228,6 +229,7 @@ def select(
       floor: entries that every stream keeps whatever the others score (scope global).
       layer_budgets: [B, L] int32, what stands for M in each layer (scope head): at most 2M, and M on average.
       lowest: entries that are not protected and score below it go even where there is room.
+      due: [B] bool, the sequences that evict; the others keep pool and buffer as they are. None: all.
     """
     batch, slots = cache.position.shape
     layers, _, heads, width = cache.buffer_stat.shape
@@ -283,6 +285,10 @@ def select(
         # What is chosen outranks all else, and nothing else is valid: the selection below keeps it and finds its places.
         chosen = jnp.concatenate([old_keep, keep[:, :, share:].reshape(batch, streams * width)], axis=1)
         keys = jnp.where(chosen, HIGHEST, LOWEST)
+    buffered = jnp.zeros_like(cache.buffered)
+    if due is not None:
+        stays = jnp.where(jnp.concatenate([live, jnp.zeros((batch, streams * width), bool)], axis=1), HIGHEST, LOWEST)
+        keys, buffered = jnp.where(due[:, None], keys, stays), jnp.where(due, 0, cache.buffered)
     selection = select_keys(keys, streams * cache.budget, cache.starts, width)
     pool = compact(
         Pool(cache.keys, cache.values, cache.stat, cache.position),
@@ -292,7 +298,7 @@ def select(
     return cache._replace(
         **pool._asdict(),
         starts=jnp.pad(jnp.cumsum(selection.counts, axis=1, dtype=jnp.int32), ((0, 0), (1, 0))),
-        buffered=jnp.zeros_like(cache.buffered),
+        buffered=buffered,
     )
 
 

@@ -83,13 +83,13 @@ def serve(serving: Serving) -> dict[str, float]:
     if weights + held > aot.HBM_GIB[serving.target] * 2**30:
         return out
     array = jax.ShapeDtypeStruct
-    logits, valid = array((batch, model.vocab_size), jnp.float32), array((batch,), jnp.int32)
+    logits, valid, done = array((batch, model.vocab_size), jnp.float32), array((batch,), jnp.int32), array((batch,), jnp.bool)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     number = array((), jnp.float32)
     evicts = serving.budget is not None
     decode = functools.partial(programs.decode, plan, piece=PIECE, evicts=evicts)
     decoding = aot.compile_for(
-        serving.target, decode, params, trained, cache, logits, array((batch,), jnp.bool), keys, array((), jnp.int32), number, number, valid, donate_argnums=2
+        serving.target, decode, params, trained, cache, logits, done, done, keys, array((), jnp.int32), number, number, valid, donate_argnums=2
     )
     chunk = functools.partial(programs.prefill, plan, evict=evicts)
     reading = aot.compile_for(serving.target, chunk, params, trained, cache, array((batch, CHUNK), jnp.int32), valid, logits, donate_argnums=2)

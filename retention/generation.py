@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from retention import cache as cache_lib
@@ -99,16 +100,24 @@ def generate(
 
 
 def fingerprint(rows: Rows) -> dict[str, str]:
-    """What a cache depends on beside its arguments: the shape of the model, its dtype, its weights and, where the policy asks for them, its gates (of
-    each array the last row, in hexadecimal SHA-256)."""
+    """What a cache depends on beside its arguments: the shape of the model, its dtype, its weights and, where the policy asks for them, its gates (the
+    hexadecimal SHA-256 of `checksum`s)."""
 
     def digest(params):
-        last = (leaf[(-1,) * (leaf.ndim - 1)] for leaf in jax.tree.leaves(params))
-        return hashlib.sha256(b"".join(np.asarray(row).tobytes() for row in last)).hexdigest()
+        return hashlib.sha256(b"".join(np.asarray(checksum(leaf)).tobytes() for leaf in jax.tree.leaves(params))).hexdigest()
 
     model = rows.model
     shape = {"shape": repr(model.config), "dtype": str(model.params["embed"].dtype), "weights": digest(model.params)}
-    return shape if rows.gates is None else {**shape, "gates": digest(rows.gates)}
+    return shape if rows.gates is None else {**shape, "gates": digest(rows.gates), "gate config": repr(rows.plan.gate)}
+
+
+@jax.jit
+def checksum(array: jax.Array) -> jax.Array:
+    """[n] uint32 of floats [..., n], computed where they lie: each column's bits, every row times an odd number of its own, summed. No change of one number
+    escapes it."""
+    bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}")).astype(jnp.uint32)
+    row = sum(jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * 1009**axis for axis in range(bits.ndim - 1))
+    return jnp.sum(bits * (2 * row + 1), axis=tuple(range(bits.ndim - 1)))
 
 
 class Session:

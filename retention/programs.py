@@ -1,6 +1,7 @@
 """The compiled programs of generation: one prefill chunk, a piece of decoding, an eviction.
 
-Shapes depend on budget and chunk alone, never on the prompt, and nothing in a piece of decoding goes back to the host.
+Shapes depend on budget and chunk, and on the prompt in few steps alone: a last chunk is cut to a power of two, and sizes that must follow the text (slots
+of a fractional budget, buffers that hold everything) are rounded up (`rows.roomy`). Nothing in a piece of decoding goes back to the host.
 """
 
 import dataclasses
@@ -39,7 +40,7 @@ class Plan:
         """[L,1,1,H] int32, the streams' numbers."""
         return jnp.arange(self.config.streams, dtype=jnp.int32).reshape(self.config.layers, 1, 1, self.config.kv_heads)
 
-    def evict(self, cache: Cache) -> Cache:
+    def evict(self, cache: Cache, due: jax.Array | None = None) -> Cache:
         policy, layer_budgets = self.policy, None
         if policy.streams:
             scores = observations.stream_scores(self.config, policy, self.sinks, self.longest, cache)
@@ -48,7 +49,7 @@ class Plan:
         window = self.window if self.window is not None else policy.window(cache.budget)
         if policy.layer_budgets is not None:
             layer_budgets = policy.layer_budgets(cache.budget, cache.seen, self.config.layers, self.sinks + window)
-        return cache_lib.select(cache, scores, self.scope, self.sinks, window, policy.floor, layer_budgets, policy.lowest)
+        return cache_lib.select(cache, scores, self.scope, self.sinks, window, policy.floor, layer_budgets, policy.lowest, due)
 
 
 class Fed(NamedTuple):
@@ -181,28 +182,31 @@ def compress(plan: Plan, opened: Cache, full: Cache) -> Cache:
 def sample(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
     """Next tokens [B] from logits [B,V]: the likeliest at temperature 0, else from the fewest tokens whose probabilities reach top_p."""
 
-    def draw(logits):
-        logits = logits / temperature
+    def likeliest(logits):
         ranked = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
         before = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1) - jax.nn.softmax(ranked, axis=-1)
         # The last rank that still begins below top_p; the first always does.
         count = jnp.maximum(jnp.sum(before < top_p, axis=-1, keepdims=True), 1)
         lowest = jnp.take_along_axis(ranked, count - 1, axis=-1)
-        return jax.vmap(jax.random.categorical)(keys, jnp.where(logits >= lowest, logits, -jnp.inf))
+        return jnp.where(logits >= lowest, logits, -jnp.inf)
+
+    def draw(logits):
+        # Sorting a vocabulary takes ten times as long as drawing from it.
+        logits = jax.lax.cond(top_p < 1, likeliest, lambda logits: logits, logits / temperature)
+        return jax.vmap(jax.random.categorical)(keys, logits)
 
     return jax.lax.cond(temperature > 0, draw, lambda logits: jnp.argmax(logits, axis=-1), logits).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "piece", "evicts"), donate_argnames="cache")
-def decode(plan: Plan, params, gates, cache: Cache, logits, done, keys, steps, temperature, top_p, stop, piece: int, evicts: bool):
-    """Decodes up to `steps` <= piece tokens per sequence, after a selection if the write buffer has no room for a piece.
+def decode(plan: Plan, params, gates, cache: Cache, logits, done, due, keys, steps, temperature, top_p, stop, piece: int, evicts: bool):
+    """Decodes up to `steps` <= piece tokens per sequence, after a selection of the sequences that are `due` [B]: whose write buffer has no room for a piece.
 
     A sequence ends with the first token in `stop`, which is fed too: the cache then holds the whole turn. Returns cache, logits, done [B] and tokens
     [B, piece], -1 after a sequence's end.
     """
-    width = cache.buffer_position.shape[1]
     if evicts:
-        cache = jax.lax.cond(jnp.max(cache.buffered) + piece > width, plan.evict, lambda cache: cache, cache)
+        cache = jax.lax.cond(jnp.any(due), lambda cache: plan.evict(cache, due), lambda cache: cache, cache)
 
     # Nothing looks at a stat before the next selection. So the gates wait for the piece's end, and read their weights once for all its tokens; unless
     # their policy's stat takes more of each step than the cache holds.

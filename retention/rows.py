@@ -1,7 +1,6 @@
 """B sequences that run together, each under its own budget: chunked prefill and decoding over the slot pool.
 
-The host only feeds prompts in and takes generated tokens out, a piece of several at a time; nothing is read back for a single token. No shape depends on
-the prompt, but where more is held than the budget: the full cache and one-shot prefill's buffer grow, in steps.
+The host only feeds prompts in and takes generated tokens out, a piece of several at a time; nothing is read back for a single token.
 """
 
 import contextlib
@@ -70,7 +69,7 @@ def roomy(tokens: int) -> int:
 class Rows:
     """B sequences that run together, each under its own budget. What `Session` and `generate` share.
 
-    Between calls the write buffer is empty, unless nothing is ever evicted: then it is the full cache.
+    Between calls the write buffer is empty, but for prompts that wait for their answer; where nothing is ever evicted it is the full cache.
     """
 
     def __init__(
@@ -129,7 +128,8 @@ class Rows:
         self.piece = min(PIECE, self.width)
         self.cache: Cache | None = None
         self.logits = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
-        self.seen = np.zeros(batch, np.int64)  # tokens of each sequence, as the host counts them
+        # Of each sequence, as the host counts them, so that it is alone what it is in company: tokens in all, those in the write buffer and how many may be.
+        self.seen, self.buffered, self.limit = np.zeros(batch, np.int64), np.zeros(batch, np.int64), np.full(batch, self.width)
         self.warned = False
         self.settled = True  # the write buffer is empty, or the full cache
         self.whole = True  # nothing was broken off midway
@@ -215,6 +215,13 @@ class Rows:
 
     def _evict(self) -> None:
         self.cache = programs.evict(self.plan, self.cache)
+        self._free()
+
+    def _free(self) -> None:
+        """After a selection: the write buffer is empty, and as long as it was."""
+        if self.cache.buffer_position.shape[1] > self.width:
+            self.cache = cache_lib.with_buffer(self.cache, self.width)
+        self.buffered, self.limit = np.zeros(self.batch, np.int64), np.full(self.batch, self.width)
 
     def settle(self) -> None:
         """Ends a decode, finished or abandoned, with a selection: the buffer is then free for the next tokens."""
@@ -223,11 +230,11 @@ class Rows:
                 self._evict()
             self.settled = True
 
-    def append(self, prompts: Sequence[Sequence[int]], select: bool = True) -> list[jax.Array]:
+    def append(self, prompts: Sequence[Sequence[int]], answer: int | None = None) -> list[jax.Array]:
         """Feeds each sequence its tokens, evicting after each chunk (one-shot: once, at the end).
 
-        Without `select` not after the last chunk: it stays whole in the write buffer, as what is generated does, until that has no room for more or other
-        tokens are appended. A question is then answered before it competes for the budget.
+        With `answer`, so many tokens that will be generated behind them, nothing is evicted: they stay whole in the write buffer, as what is generated does,
+        until the answer ends or has more tokens than the buffer. A question is then answered before it competes for the budget.
 
         Returns the stats [L, B, H, tokens] of the policies of plan.beside. Raises ValueError for ids that the embedding has not, as XLA would clamp them.
         """
@@ -238,14 +245,18 @@ class Rows:
         if self.cache is None:
             self._open(lengths)
         with self._whole():
-            return self._append(prompts, lengths, select)
+            return self._append(prompts, lengths, answer)
 
-    def _append(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int], select: bool) -> list[jax.Array]:
+    def _append(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int], answer: int | None) -> list[jax.Array]:
         self._saw(lengths)
         self._expect(self.most_seen)
         chunk = CHUNK if self.one_shot or not self.evicts else self.width
         if not self.evicts:
             self._room(self.most_seen + chunk)
+        elif answer is not None:
+            needed = np.array(lengths) + min(answer, self.width) + self.piece
+            self.buffered, self.limit = np.array(lengths), self.width * -(-needed // self.width)
+            self._room(int(self.limit.max()))
         elif self.one_shot:
             self._room(max(lengths) + chunk)
         rereads = self.plan.policy.reread > 0
@@ -256,7 +267,7 @@ class Rows:
             size = min(chunk, max(32, 1 << (left - 1).bit_length()))
             parts = [prompt[begin : begin + size] for prompt in prompts]
             tokens, valid = padded(parts, size)
-            evict = self.evicts and (select if left <= size else not self.one_shot)
+            evict = self.evicts and answer is None and (left <= size or not self.one_shot)
             self.cache, self.logits, stats = programs.prefill(
                 self.plan, self.model.params, self.gates, self.cache, tokens, valid, self.logits, evict=evict and not rereads
             )
@@ -264,9 +275,9 @@ class Rows:
             if evict and rereads:
                 self._reread(prompts if self.one_shot else parts)
                 self._evict()
-        self.settled = select or not self.evicts
-        if self.evicts and self.one_shot and select:
-            self.cache = cache_lib.with_buffer(self.cache, self.width)
+        self.settled = answer is None or not self.evicts
+        if self.evicts and self.settled:
+            self._free()
         return [jnp.concatenate(stats, axis=3) for stats in zip(*beside, strict=True)]
 
     def score(self, tokens: np.ndarray) -> jax.Array:
@@ -332,7 +343,7 @@ class Rows:
     def decode(self, max_new_tokens: int, temperature: float, top_p: float, seed: int, stop: Sequence[int]) -> Iterator[np.ndarray]:
         """Yields [B, piece] tokens at a time, -1 past a sequence's end, until all have ended or have max_new_tokens; then a selection follows."""
         self.check_whole()
-        done = jnp.zeros(self.batch, bool)
+        done, ended = jnp.zeros(self.batch, bool), np.zeros(self.batch, bool)
         keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(self.batch))
         stop = jnp.asarray(list(stop) or [-1], jnp.int32)
         expected = 0  # tokens seen, for which there is room
@@ -345,14 +356,17 @@ class Rows:
                     if not self.evicts:
                         self._room(expected + 1)
                 self.settled = False
+                due = ~ended & (self.buffered + self.piece > self.limit)
                 self.cache, self.logits, done, tokens = programs.decode(
-                    self.plan, self.model.params, self.gates, self.cache, self.logits, done, keys, steps, float(temperature), float(top_p), stop,
+                    self.plan, self.model.params, self.gates, self.cache, self.logits, done, due, keys, steps, float(temperature), float(top_p), stop,
                     piece=self.piece, evicts=self.evicts,
                 )
-                tokens, ended = np.asarray(tokens), bool(done.all())
-                self._saw((tokens >= 0).sum(axis=1))
+                tokens, ended = np.asarray(tokens), np.asarray(done)
+                fed = (tokens >= 0).sum(axis=1)
+                self._saw(fed)
+                self.buffered, self.limit = np.where(due, 0, self.buffered) + fed, np.where(due, self.width, self.limit)
             yield tokens
-            if ended:
+            if ended.all():
                 break
         self.settle()
 

@@ -37,7 +37,7 @@ class RunFolder:
     """
 
     def __init__(self, workdir: str | pathlib.Path, config: ConfigDict, free: Collection[str] = (), **inputs: str):
-        self.path = pathlib.Path(workdir).absolute()
+        self.path = pathlib.Path(workdir).expanduser().absolute()
         self._start, self._commit, self._logged = time.time(), commit(), False
         self._meta = self.path / "run_meta.json"
         file = self.path / "config.json"

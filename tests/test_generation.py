@@ -63,7 +63,7 @@ class Recorder:
                 for query in range(len(prompt), len(prompt) + len(question)):
                     self.note(row, query, range(len(prompt), query + 1))
                 self.tokens[row] += question
-            run.append(questions, select=False)
+            run.append(questions, answer=steps)
         run.piece = 1
         self.evictions = 0
         for piece in run.decode(steps, 0.0, 1.0, 0, stop=()):
@@ -116,11 +116,11 @@ def test_evicting_equals_the_masked_full_cache_at_every_step(small, scope, polic
 
 @pytest.mark.parametrize("policy", ["knorm", "retention", "kvzip"])
 def test_a_question_is_whole_until_it_is_answered(small, policy):
-    """Appended without a selection it stays in the write buffer, also where the policy would not keep it, until that is full or the answer ends."""
-    prompts, questions = random_prompts([50, 33]), random_prompts([9, 4])
+    """It stays in the write buffer, of 16 tokens where it has room there, also where the policy would not keep it, until the answer has more or ends."""
+    prompts, questions, steps = random_prompts([50, 33]), random_prompts([39, 4]), 60
     run = rows(small, 2, 12, policy, sinks=0)
     for context in (prompts, questions):
-        run.append(context, select=context is prompts)
+        run.append(context, None if context is prompts else steps)
     for row, (prompt, question) in enumerate(zip(prompts, questions, strict=True)):
         asked = list(range(len(prompt), len(prompt) + len(question)))
         assert all(stream.tolist()[-len(asked) :] == asked for layer in kept(run, row) for stream in layer)
@@ -128,16 +128,40 @@ def test_a_question_is_whole_until_it_is_answered(small, policy):
     again.append(random_prompts([3, 2]))
     assert cache.kept_entries(again.cache).tolist() == [12 * small.config.streams] * 2, "the next turn begins with a selection"
 
-    record = Recorder(rows(small, 2, 12, policy, sinks=0), prompts, 20, questions)
+    record = Recorder(rows(small, 2, 12, policy, sinks=0), prompts, steps, questions)
     assert cache.kept_entries(record.run.cache).tolist() == [12 * small.config.streams] * 2, "and an answer ends with one"
+    assert record.run.cache.buffer_position.shape == (2, 16), "as long as before the question"
     for row, (prompt, question) in enumerate(zip(prompts, questions, strict=True)):
-        total = len(prompt) + len(question) + 20
+        total = len(prompt) + len(question) + steps
         visible = record.visible[row, :, :, :total, :total]
-        # Of the buffer's 16 tokens the first answers leave some: no selection, and the question is seen whole.
-        assert visible[:, :, total - 20 : total - 16, len(prompt) : total - 20].all()
-        assert policy == "kvzip" or not visible[:, :, total - 1, len(prompt) : total - 20].all()  # KVzip lets what it has not read again outrank all else
-        expected = masked_full_logits(small, record.tokens[row], visible)[total - 20 :]
+        asked = slice(len(prompt), total - steps)
+        assert visible[:, :, total - steps : total - steps + 16, asked].all()
+        assert policy == "kvzip" or not visible[:, :, total - 1, asked].all()  # KVzip lets what it has not read again outrank all else
+        expected = masked_full_logits(small, record.tokens[row], visible)[total - steps :]
         assert np.abs(np.stack(record.logits[row]) - expected).max() <= 1e-5 * np.ptp(expected)
+
+
+@pytest.mark.parametrize("scope, policy", [("global", "retention"), ("layer", "keydiff"), ("head", "pyramidkv"), ("head", "rkv")])
+def test_questions_of_unequal_lengths_are_answered_as_alone(small, scope, policy):
+    """Each sequence evicts when its own question and answer have filled its own room, whoever is beside it, and however long their questions are."""
+    contexts, questions = random_prompts([90, 60, 75]), random_prompts([70, 3, 30])
+
+    def answered(some):
+        run = rows(small, len(some), 40, policy, scope, 32, sinks=1, window=4)
+        run.append([contexts[i] for i in some])
+        run.append([questions[i] for i in some], answer=20)
+        entries = []
+        tokens = np.concatenate([(piece, entries.append(cache.kept_entries(run.cache)))[0] for piece in run.decode(90, 0.0, 1.0, 0, stop=())], axis=1)
+        return tokens, np.array(entries), [kept(run, row) for row in range(len(some))]
+
+    tokens, entries, ends = answered([0, 1, 2])
+    # Those of short questions evict twice in their answers, at other times than that of the long one.
+    assert len({tuple(np.diff(entries, axis=0)[:, row] < 0) for row in range(3)}) > 1
+    for i in range(3):
+        alone, own_entries, own_ends = answered([i])
+        assert alone[0].tolist() == tokens[i].tolist() and own_entries[:, 0].tolist() == entries[:, i].tolist()
+        for a, b in zip(sum(ends[i], []), sum(own_ends[0], []), strict=True):
+            assert a.tolist() == b.tolist()
 
 
 def test_evicted_entries_change_the_answer(small):

@@ -5,7 +5,7 @@ import datetime
 import functools
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -36,7 +36,6 @@ def _words(digits: str) -> pre_tokenizers.PreTokenizer:
 
 PRE_TOKENIZERS = {
     "gpt-2": _gpt2,
-    "default": _gpt2,
     "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()]),
     "llama-bpe": lambda: _words("{1,3}"),
     "qwen2": lambda: _words(""),
@@ -57,7 +56,7 @@ class Tokenizer:
     def __init__(
         self,
         tokenizer: tokenizers.Tokenizer,
-        eos_ids: Iterable[int],
+        eos_ids: Sequence[int],
         bos_token: str = "",
         eos_token: str = "",
         chat_template: str | None = None,
@@ -70,6 +69,11 @@ class Tokenizer:
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self.largest_id: int = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
         added = tokenizer.get_added_tokens_decoder()
+        # Some files have the token that ends a turn among ordinary ones, so that a text could end one and answers would show it.
+        ends = [token for token_id in eos_ids if (token := added.get(token_id)) and not token.special]
+        if ends:
+            tokenizer.add_special_tokens(ends)
+            added = tokenizer.get_added_tokens_decoder()
         special = sorted((token.content for token in added.values() if token.special), key=len, reverse=True)
         self._special_names = re.compile("|".join(map(re.escape, special))) if special else None
         end_of_text = [token_id for token_id, token in added.items() if token.special and token.content == END_OF_TEXT]
@@ -258,7 +262,9 @@ class Tokenizer:
 
     def plain(self, text: str) -> str:
         """The text without the names of special tokens, which `encode` would take for these tokens."""
-        return self._special_names.sub("", text) if self._special_names else text
+        while self._special_names and (shorter := self._special_names.sub("", text)) != text:
+            text = shorter  # a name around another is a name once that is gone
+        return text
 
 
 def _begin_with(token: str, token_id: int) -> processors.PostProcessor:

@@ -232,7 +232,8 @@ class Asking:
 
     def answers(self, rows: Rows, samples: Sequence) -> Iterator[list[tuple[list[int], int]]]:
         """To the first question of every sample, to the second, ...: each asked of a copy of the rows, or in turn where they are turns. The rows go on
-        with the last. A question competes for the budget once it is answered, as in the rivals' papers: those that protect no window would drop it.
+        with the last. A question competes for the budget once it is answered (or the answer is longer than the write buffer), as in the rivals' papers: those
+        that protect no window would drop it.
 
         Each with the entries that the cache held at its end. A sample without so many questions says whatever it says.
         """
@@ -244,7 +245,7 @@ class Asking:
             asked = [sample.questions[number] if number < len(sample.questions) else "" for sample in samples]
             if turns:  # an answer that was cut off is ended first, as a turn must be
                 asked = [question if end else chat.END + question for question, end in zip(asked, ended, strict=True)]
-            going.append([encode(question) for question in asked], select=False)
+            going.append([encode(question) for question in asked], answer=config.max_new_tokens)
             answers = going.decode_all(config.max_new_tokens, 0.0, 1.0, config.seed, tokenizer.eos_ids)
             ended = [answer[-1] in tokenizer.eos_ids for answer in answers]
             yield list(zip(answers, cache_lib.kept_entries(going.cache).tolist(), strict=True))

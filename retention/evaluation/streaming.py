@@ -79,6 +79,6 @@ def remembered(rows: Rows, samples: Sequence[needles.Sample], max_new_tokens: in
     """Whether each of the rows answers its sample's question."""
     tokenizer = rows.model.tokenizer
     encode = encoder(tokenizer)
-    rows.append([encode(sample.questions[0]) for sample in samples], select=False)
+    rows.append([encode(sample.questions[0]) for sample in samples], answer=max_new_tokens)
     said = map(tokenizer.decode, rows.decode_all(max_new_tokens, 0.0, 1.0, 0, tokenizer.eos_ids))
     return [needles.correct("needle", sample.answers[0], one) for sample, one in zip(samples, said, strict=True)]

@@ -13,6 +13,7 @@ from retention import runs
 from retention.distributed import gather_json
 
 # A run may be resumed with other values of these: they say where and how often things happen, and not what is learned.
+NO_DAMAGE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)  # what keeps a whole checkpoint from being read, such as a device without room
 FREE = ("mesh", "checkpoint_every", "keep_checkpoints")
 
 
@@ -73,6 +74,8 @@ class Checkpoints:
         try:
             stored = self._manager.restore(last, args=ocp.args.Composite(config=ocp.args.JsonRestore(), data=ocp.args.JsonRestore()))
             found = self._manager.item_metadata(last)["state"]["params"]
+        except NO_DAMAGE:
+            raise
         except Exception as error:  # orbax raises whatever the damage leads to
             raise self._damaged(path) from error
         runs.check_same(stored["config"], config, FREE, f"the checkpoint {path} is of another config")
@@ -83,6 +86,8 @@ class Checkpoints:
         try:
             state = self._manager.restore(last, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))["state"]
             jax.block_until_ready(state)
+        except NO_DAMAGE:
+            raise
         except Exception as error:
             raise self._damaged(path) from error
         return state, stored["data"]

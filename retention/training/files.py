@@ -3,12 +3,13 @@
 import glob
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Protocol
 
 import grain
 import numpy as np
 
+Choose = Callable[[list[str]], Collection[str]]  # of a file's columns, those to read
 BYTES_A_CHAR = 16  # a line of more than 16 max_chars bytes is not read to its end; JSON writes a character in 12 at most
 
 
@@ -33,25 +34,25 @@ class File(Protocol):
         """Raises Unusable."""
 
 
-def open_file(path: str, max_chars: int, columns: Collection[str]) -> File:
-    """The file by its extension, to be read in these columns. Raises ValueError for another extension, an empty file, one that is not what it says."""
+def open_file(path: str, max_chars: int, choose: Choose) -> File:
+    """The file by its extension. Raises ValueError for another extension, an empty file, one that is not what it says."""
     extension = os.path.splitext(path)[1]
     if extension not in FORMATS:
         raise ValueError(f"{path} is none of the record files that can be read: {', '.join(FORMATS)}")
     if not os.path.getsize(path):
         raise ValueError(f"{path} is empty")
-    return FORMATS[extension](path, max_chars, columns)
+    return FORMATS[extension](path, max_chars, choose)
 
 
 def paths(path: str) -> list[str]:
-    """The files of a path, a glob, or several joined by commas. Raises FileNotFoundError where one matches nothing."""
+    """The files of a path, a glob, or several joined by commas; each once. Raises FileNotFoundError where one matches nothing."""
     every = []
     for name in (part.strip() for part in path.split(",")):
         found = sorted(glob.glob(os.path.expanduser(name), recursive=True))
         if not found:
             raise FileNotFoundError(f"no record file matches {name!r}; give a path or a glob such as 'data/*.jsonl', several joined by commas")
         every += found
-    return every
+    return list(dict.fromkeys(every))
 
 
 def _json(raw: bytes) -> dict[str, Any]:
@@ -71,7 +72,7 @@ class _JsonLines:
 
     columns = None
 
-    def __init__(self, path: str, max_chars: int, columns: Collection[str]):
+    def __init__(self, path: str, max_chars: int, choose: Choose):
         self.path, self.number, self._most = path, 0, BYTES_A_CHAR * max_chars
 
     def scan(self) -> Iterator[tuple[int, bytes]]:
@@ -101,7 +102,7 @@ class _ArrayRecord:
 
     columns = None
 
-    def __init__(self, path: str, max_chars: int, columns: Collection[str]):
+    def __init__(self, path: str, max_chars: int, choose: Choose):
         self.path, self.number = path, 0
         try:
             self._source = grain.sources.ArrayRecordDataSource(path)
@@ -124,7 +125,7 @@ class _ArrayRecord:
 class _Parquet:
     """Keys count rows from 0. A row is loaded with its whole row group, so files of small groups (a hundred rows) load fast."""
 
-    def __init__(self, path: str, max_chars: int, columns: Collection[str]):
+    def __init__(self, path: str, max_chars: int, choose: Choose):
         try:
             import pyarrow
             import pyarrow.parquet
@@ -137,7 +138,8 @@ class _Parquet:
                 self.columns = file.schema_arrow.names
         except pyarrow.ArrowInvalid as error:
             raise ValueError(f"{path} is no Parquet file that can be read ({error})") from error
-        self._read = [name for name in self.columns if name in columns]
+        wanted = choose(self.columns)
+        self._read = [name for name in self.columns if name in wanted]
         self._starts = np.cumsum([0, *sizes])
 
     def scan(self) -> Iterator[tuple[int, Any]]:

@@ -22,6 +22,7 @@ from retention import checkpoints, gates
 from retention.checkpoints import gates as gates_file
 from retention.distributed import Preemption, gather_json, global_batch, is_primary, local_rows
 from retention.model import Config
+from retention.names import check_seed
 from retention.runs import RunFolder, replace_text, writing
 from retention.training import sharding
 from retention.training.checkpointing import FREE, Checkpoints
@@ -51,6 +52,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> gates.TrainedGates
     """
     if config.checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be at least 1 step, not {config.checkpoint_every}")
+    check_seed(config.seed)
     run = RunFolder(workdir, config, FREE)
     mesh = sharding.make_mesh(config.mesh)
     section = config.data
@@ -70,6 +72,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> gates.TrainedGates
     optimizer = make_optimizer(config.optimizer, config.steps)
     pipeline = Pipeline(section, model.tokenizer, config.seed)
     loss = config.loss
+    for name in ("kl", "ntp", "other_kl", "capacity"):
+        if not 0 <= loss[name] < math.inf:
+            raise ValueError(f"loss.{name} must be a weight of at least 0, not {loss[name]}")
     if not (pipeline.answers and (loss.kl or loss.ntp)) and not (section.others and loss.other_kl):
         raise ValueError(
             "no token would ever be compared: give loss.kl or loss.ntp a weight and data.sources one with answers, or loss.other_kl a weight and data.others"
@@ -93,7 +98,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> gates.TrainedGates
         whole, target = (section.batch_size, section.length), NamedSharding(mesh, sharding.BATCH)
         mine = local_rows(target, whole)
         rows = stack.enter_context(contextlib.closing(pipeline.rows(mine)))
-        batches = (global_batch(local, mine, target, whole) for local in rows)
+        batches = (global_batch(embeddable(local, shape), mine, target, whole) for local in rows)
         wanted = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state_shapes, placed)
         if restored := saved.restore(wanted, config.to_dict()):
             state, places = restored
@@ -184,6 +189,14 @@ def start_params(config: ConfigDict, shape: Config, gate: gates.GateConfig, rms:
     if dataclasses.replace(earlier.config, bias=gate.bias, sinks=gate.sinks) != gate:
         raise ValueError(f"start_from {config.start_from} holds a {earlier.config}; give config.gate its kind, width and tie_heads, not {gate}")
     return earlier.params
+
+
+def embeddable(batch: dict[str, np.ndarray], shape: Config) -> dict[str, np.ndarray]:
+    """The batch. Raises ValueError for tokens that the embedding has not, as some added ones are: XLA would take others for them."""
+    if (largest := batch["tokens"].max()) >= shape.vocab_size:
+        rows = f"the model's embedding has {shape.vocab_size} rows"
+        raise ValueError(f"a document of data.sources has a token of id {largest}, but {rows}; take out of the texts or the chat template what it stands for")
+    return batch
 
 
 @jax.jit

@@ -31,7 +31,7 @@ Messages = list[dict[str, str]]
 
 
 class Records:
-    """The usable records of `path` (a path, a glob or several, joined by commas), each a document of at most `length` tokens (see Source).
+    """The usable records of `path` (a path, a glob or several, joined by commas), each a document.
 
     Raises FileNotFoundError where no file matches, ValueError for an unknown extension, a file without records, without usable ones or without the
     columns of a layout.
@@ -45,7 +45,7 @@ class Records:
         check = functools.lru_cache(maxsize=1024)(functools.partial(_check_roles, tokenizer))
         which, keys, contents = array.array("i"), array.array("q"), hashlib.sha256()
         for name in files.paths(path):
-            file = files.open_file(name, max_chars, COLUMNS)
+            file = files.open_file(name, max_chars, read_columns)
             layout, columns, skipped, before = None, file.columns, {}, len(keys)
             for key, raw in file.scan():
                 try:
@@ -104,15 +104,22 @@ def chat_pieces(messages: Messages, tokenizer: Tokenizer) -> Iterator[tuple[str,
     """The conversation's text in pieces, with whether each is an assistant's: what its turn adds to the text that ends in the generation prompt, up to the
     token that closes it.
 
-    A turn that the template writes in another way once others follow (some leave out earlier turns' thoughts) is an assistant's only as far as both agree.
+    A turn that the template writes in another way once others follow is an assistant's if what it says stands there as it was given (some put an empty
+    thought before the last alone), and else only as far as both agree (some leave out the thoughts of earlier ones).
     """
     whole = tokenizer.chat(messages, add_generation_prompt=False)
     done = 0
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
             start = _common(tokenizer.chat(messages[:number]), whole)
-            end = _common(tokenizer.chat(messages[: number + 1], add_generation_prompt=False), whole)
+            alone = tokenizer.chat(messages[: number + 1], add_generation_prompt=False)
+            end = _common(alone, whole)
             end = start + len(whole[start:end].rstrip())  # the line break behind the closing token is the template's
+            if said := message["content"].strip():
+                closing = alone.rpartition(said)[2].rstrip()
+                begin = whole.find(said + closing, start, start + len(message["content"] + closing))
+                if begin >= 0 and not whole[start:begin].strip():
+                    end = begin + len(said + closing)
             if done <= start < end:
                 yield whole[done:start], False
                 yield whole[start:end], True
@@ -218,7 +225,9 @@ LAYOUTS: dict[tuple[str, ...], Layout] = {
 }
 
 
-COLUMNS = {"input"}.union(*LAYOUTS)  # those that are read
+def read_columns(columns: Sequence[str]) -> set[str]:
+    """Those that are read of a file with these: its layout's, and `input`."""
+    return {"input"}.union(*[needed for needed in LAYOUTS if set(needed) <= set(columns)][:1])
 
 
 def _layout(columns: Sequence[str]) -> Layout:

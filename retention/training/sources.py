@@ -1,5 +1,6 @@
 """The sources of training documents: synthetic facts, windows of prose, and records of files. Each is a random access list of documents."""
 
+import warnings
 from typing import Protocol
 
 import numpy as np
@@ -33,6 +34,9 @@ class _Endless:
 
     def __init__(self, path: str, length: int, seed: int):
         self._texts, self._length, self._seed = text.load(path), length, seed
+        if (chars := sum(map(len, self._texts))) < 5 * length:
+            again = "so that one document will say parts of it several times; give more text, or a smaller data.length"
+            warnings.warn(f"the text of {path} has {chars} characters, fewer than the {length} tokens of a document take, {again}", stacklevel=2)
         self.report = {"documents": ENDLESS, "skipped": {}, "first": {}}
         self.digest = digest(one.encode() for one in self._texts)
 

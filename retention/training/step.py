@@ -4,6 +4,7 @@ make_step's result is a pure function: jit it, with the state donated, in whatev
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from pallas_kernels.retention_attention.reference import last_of_document
 from retention import gates as gates_lib
 from retention.attention import retention_attention
 from retention.model import Config, bind
+from retention.names import is_positive
 from retention.training import sharding
 from retention.training.losses import capacity_loss, masked_mean, weighted_losses
 
@@ -31,8 +33,17 @@ class TrainState(NamedTuple):
 def make_optimizer(config, steps: int) -> optax.GradientTransformation:
     """AdamW, warm-up and cosine over `steps`, from a config's `optimizer` section. The readout's bias does not decay: it sets the level.
 
-    Raises ValueError for steps that the warm-up would use up.
+    Raises ValueError for steps that the warm-up would use up, and for numbers that it cannot use.
     """
+    for name in ("clip_norm", "eps"):
+        if not is_positive(config[name]):
+            raise ValueError(f"optimizer.{name} must be a number above 0, not {config[name]}")
+    for name in ("learning_rate", "final_fraction", "weight_decay"):
+        if not 0 <= config[name] < math.inf:
+            raise ValueError(f"optimizer.{name} must be a number of at least 0, not {config[name]}")
+    for name in ("b1", "b2"):
+        if not 0 <= config[name] < 1:
+            raise ValueError(f"optimizer.{name} must be at least 0 and below 1, not {config[name]}")
     if steps <= config.warmup_steps:
         raise ValueError(f"steps must be more than optimizer.warmup_steps, {config.warmup_steps}, not {steps}")
     schedule = optax.warmup_cosine_decay_schedule(

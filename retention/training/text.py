@@ -23,12 +23,12 @@ _WORD = re.compile(r"\s*\S+")
 
 
 def load(source: str) -> list[str]:
-    """Documents of one or several comma-separated sources: "pydoc" (the manual inside every CPython) or a path or glob of text files.
+    """Documents of one or several comma-separated sources: "pydoc" (the manual inside every CPython) or a path or glob of text files, each read once.
 
     Files named .txt are prose, whose hard line breaks are undone; others, such as .py, keep their lines and indents. Raises FileNotFoundError
     where no file matches, ValueError for a file that is not UTF-8 or holds no text.
     """
-    documents = []
+    documents, read_before = [], set()
     for name in (part.strip() for part in source.split(",")):
         if not name:
             raise ValueError(f'source {source!r} has an empty part; give "pydoc", a path or a glob such as "texts/*.txt", joined by commas')
@@ -40,7 +40,8 @@ def load(source: str) -> list[str]:
             paths = sorted(glob.glob(os.path.expanduser(name), recursive=True))
             if not paths:
                 raise FileNotFoundError(f'no text file matches source {name!r}; give "pydoc", a path or a glob such as "texts/*.txt"')
-            found = [_read(path) for path in paths]
+            found = [_read(path) for path in paths if path not in read_before]
+            read_before.update(paths)
         documents += filter(None, found)  # a page of the manual may hold no prose
     return documents
 

@@ -49,6 +49,17 @@ def metadata(pre="smollm", **changes):
 SMALL = Tokenizer.from_gguf(metadata())
 
 
+def test_what_ends_a_turn_is_special_wherever_a_file_has_it():
+    facts = metadata()
+    end = facts["tokenizer.ggml.tokens"].index("<|im_end|>")
+    assert facts["tokenizer.ggml.eos_token_id"] == end
+    facts["tokenizer.ggml.token_type"][end] = 4
+    tokenizer = Tokenizer.from_gguf(facts)
+    assert tokenizer.eos_ids[0] == end and tokenizer.decode(SMALL.encode("hi<|im_end|>")) == "hi"
+    assert tokenizer.plain("a<|im_end|>b") == "ab" and end not in tokenizer.encode("a<|im_end|>b", special=False)
+    assert tokenizer.encode("a<|im_end|>b <think>") == SMALL.encode("a<|im_end|>b <think>"), "as it was, and with what is no end"
+
+
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_round_trip(pre, text):
@@ -189,7 +200,7 @@ def test_chat_refused():
 def test_gguf_refused():
     with pytest.raises(NotImplementedError, match="'llama' is not supported; gpt2"):
         Tokenizer.from_gguf(metadata(model="llama"))
-    with pytest.raises(NotImplementedError, match="'tekken' is not supported; gpt-2, default, smollm, llama-bpe, qwen2 are"):
+    with pytest.raises(NotImplementedError, match="'tekken' is not supported; gpt-2, smollm, llama-bpe, qwen2 are"):
         Tokenizer.from_gguf(metadata("tekken"))
     for key in ("model", "pre", "tokens", "token_type", "merges"):
         partial = metadata()

@@ -153,7 +153,7 @@ def test_answers_equal_those_to_questions_asked_by_hand(model, whole):
         for number in range(4):
             asked = rows if task == "kv_turns" else rows.fork()
             questions = [sample.questions[number] for sample in samples]
-            asked.append([encode(question if end else END + question, bos=False) for question, end in zip(questions, ended, strict=True)], select=False)
+            asked.append([encode(question if end else END + question, bos=False) for question, end in zip(questions, ended, strict=True)], answer=ANSWER)
             [tokens] = asked.decode(ANSWER, 0.0, 1.0, 0, stop)
             for row in (0, 1):
                 told = tokens[row][tokens[row] >= 0].tolist()
@@ -175,8 +175,8 @@ class Scripted:
         other = Scripted(self.replies, self.log, self.forks[0])
         return other
 
-    def append(self, prompts, select):
-        assert not select, "a question is answered before it competes"
+    def append(self, prompts, answer):
+        assert answer == ANSWER, "a question is answered before it competes"
         self.log.append((self.number, prompts))
 
     def decode(self, max_new_tokens, temperature, top_p, seed, stop):

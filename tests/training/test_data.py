@@ -232,6 +232,13 @@ def test_config_errors(tokenizer, changes, message):
         data.Pipeline(section(**{"sources": {"facts": FACTS}, **changes}), tokenizer, seed=0)
 
 
+def test_a_corpus_shorter_than_a_document_is_told(tokenizer, tmp_path):
+    (tmp_path / "short.txt").write_text("A few words. " * 30)
+    source = {"kind": "text", "path": f"{tmp_path}/short.txt", "weight": 1.0}
+    with pytest.warns(UserWarning, match="short.txt has 389 characters, fewer than the 200 tokens of a document take"):
+        data.Pipeline(section({"x": source}, length=200), tokenizer, seed=0)
+
+
 def test_use_errors(tokenizer):
     pipeline = data.Pipeline(section({"facts": FACTS}), tokenizer, seed=0)
     for rows in ([], [2], [-1]):

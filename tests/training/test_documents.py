@@ -50,6 +50,7 @@ def test_load_files_undoes_the_line_breaks_of_prose_alone_and_drops_control_stri
     code = "def one():\n    return 1\n\n\ndef two():\n    return 2"
     (tmp_path / "c.py").write_bytes(f"\n{code}<|im_end|>\n".replace("\n", "\r\n").encode())
     assert text.load(f"{tmp_path}/c.py") == [code]
+    assert len(text.load(f"{tmp_path}/*.txt,{tmp_path}/a.txt")) == 2, "each file once"
     assert len(text.load(f"{tmp_path}/a.txt, pydoc")) == 1 + len(text.load("pydoc"))
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
+import tokenizers
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -201,6 +202,32 @@ def test_more_tokens_than_the_model_knows_are_told(folder, tmp_path):
         loop.train(config, tmp_path)
 
 
+def test_tokens_that_the_embedding_has_not_are_refused(folder, tmp_path):
+    """As an added token is that the chat template writes, in the folder of a model whose embedding was never made longer."""
+    other = tmp_path / "model"
+    shutil.copytree(folder, other)
+    tokenizer = tokenizers.Tokenizer.from_file(str(other / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|turn|>"])
+    tokenizer.save(str(other / "tokenizer.json"))
+    facts = json.loads((other / "tokenizer_config.json").read_text())
+    facts["chat_template"] = facts["chat_template"].replace("'<|im_start|>' + message", "'<|turn|><|im_start|>' + message")
+    (other / "tokenizer_config.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="a document of data.sources has a token of id 600, but the model's embedding has 600 rows"):
+        loop.train(make_config(other), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("optimizer.clip_norm", 0.0), ("optimizer.learning_rate", -1e-3), ("optimizer.b1", 1.0), ("optimizer.weight_decay", -1.0), ("loss.ntp", -1.0),
+        ("seed", -1),
+    ],
+)  # fmt: skip
+def test_numbers_that_would_teach_nothing_are_refused(folder, tmp_path, entry, value):
+    with pytest.raises(ValueError, match=f"^{entry} must be"):
+        loop.train(make_config(folder, **{entry: value}), tmp_path)
+
+
 def test_finished_run_is_left_alone(config, whole):
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(whole.rglob("*")) if path.is_file()}
     trained = loop.train(config, whole)
@@ -313,7 +340,8 @@ def test_training_in_another_thread(config, whole, tmp_path):
 
 @pytest.mark.parametrize("data", ["math", "instruct"])
 def test_published_configs_train(folder, tmp_path, data):
-    """That of Qwen3-4B with a tiny model, short rows and few steps trains on chat records and books; the others are the same but for model and batch."""
+    """That of Qwen3-4B with a tiny model, short rows and few steps trains on chat records and books; the others are the same but for model, batch and, of
+    instruct, the length that their models know."""
     chat, books = tmp_path / "chat.jsonl", tmp_path / "book.txt"
     turns = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is 4."}]
     chat.write_text("".join(json.dumps({"messages": turns * n}) + "\n" for n in range(1, 6)))
@@ -328,8 +356,11 @@ def test_published_configs_train(folder, tmp_path, data):
     assert [record["budget"] for record in found] == [pytest.approx(128 if data == "math" else 512)] * 3
     assert sum(record["answers"] for record in found) > 0 and (sum(record["others"] for record in found) > 0) == (data == "instruct")
     for other in (qwen3_1_7b.get_config(data), qwen3_8b.get_config(data)):
-        other.model, other.data.batch_size = qwen3_4b.get_config(data).model, qwen3_4b.get_config(data).data.batch_size
-        assert other.to_dict() == qwen3_4b.get_config(data).to_dict()
+        expected = qwen3_4b.get_config(data)
+        assert other.data.length <= 40_960 and other.data.batch_size % other.mesh.context == 0
+        expected.data.length, expected.mesh.context = other.data.length, other.mesh.context
+        other.model, other.data.batch_size = expected.model, expected.data.batch_size
+        assert other.to_dict() == expected.to_dict()
 
 
 @pytest.mark.slow

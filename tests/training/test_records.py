@@ -11,7 +11,8 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from retention.checkpoints.tokenizer import Tokenizer
-from retention.training.records import Records, chat_pieces
+from retention.training import files
+from retention.training.records import Records, chat_pieces, read_columns
 from tests.tiny import TEMPLATE, write_folder
 
 ASKED = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
@@ -87,6 +88,13 @@ def test_formats_read_the_same(tokenizer, tmp_path):
         assert read(pickle.loads(pickle.dumps(source)), tokenizer) == lines
 
 
+def test_only_the_columns_of_its_layout_are_read(tokenizer, tmp_path):
+    record = {"messages": ASKED, "problem": "P", "generations": ["long"], "solution": "S", "text": "T"}
+    path = write(tmp_path / "a.parquet", [record])
+    file = files.open_file(str(path), 100, read_columns)
+    assert [set(file.decode(raw)) for _, raw in file.scan()] == [{"messages"}]
+
+
 def test_layout_of_the_first_record_that_has_one(tokenizer, tmp_path):
     path = write(tmp_path / "a.jsonl", [{"version": 1}, {}, {"messages": None, "conversations": LAYOUTS[1][0]["conversations"]}, {"messages": ASKED}])
     source = opened(tokenizer, path)
@@ -105,7 +113,7 @@ def test_several_files(tokenizer, tmp_path):
     write(tmp_path / "a1.jsonl", [{"text": "one"}])
     write(tmp_path / "a2.jsonl", [{"text": "two"}, {"text": ""}])
     write(tmp_path / "b.jsonl", [b"{", {"messages": ASKED}, b"]"])
-    source = opened(tokenizer, f"{tmp_path}/a*.jsonl, {tmp_path}/b.jsonl")
+    source = opened(tokenizer, f"{tmp_path}/a*.jsonl, {tmp_path}/b.jsonl, {tmp_path}/a1.jsonl")  # each file once
     assert [text for text, _ in read(source, tokenizer)] == ["one", "two", "user\nWhy?\nassistant\nBecause.\n"]
     assert source.answers
     assert source.report == {
@@ -236,6 +244,18 @@ def test_a_template_that_forgets_thoughts(tokenizer):
     pieces = list(chat_pieces(thinking, other))
     assert "".join(piece for piece, _ in pieces) == whole
     assert [piece for piece, answer in pieces if answer] == ["<think>hm</think>No.<|im_end|>"]
+
+
+def test_a_template_that_puts_an_empty_thought_before_the_last_answer(tokenizer):
+    """As Qwen3's: earlier answers are written without it, and are answers all the same."""
+    thought = "('<think>\n\n</think>\n\n' if loop.last and message['role'] == 'assistant' else '')"
+    other = templated(tokenizer, TEMPLATE.replace("message['content']", f"{thought} + message['content']"))
+    turns = [*ASKED, {"role": "user", "content": "Why not?"}, {"role": "assistant", "content": " <b>No.\n"}, *TURNS[2:]]
+    whole = other.chat(turns, add_generation_prompt=False)
+    assert "assistant\nBecause." in whole and whole.rstrip().endswith("assistant\n<think>\n\n</think>\n\nNo.<|im_end|>")
+    pieces = list(chat_pieces(turns, other))
+    assert "".join(piece for piece, _ in pieces) == whole
+    assert [piece for piece, answer in pieces if answer] == ["Because.<|im_end|>", " <b>No.\n<|im_end|>", "<think>\n\n</think>\n\nNo.<|im_end|>"]
 
 
 def test_a_template_whose_prompt_opens_a_thought(tokenizer):
