@@ -49,8 +49,8 @@ def by_stat(stat, position, seen):
 
 
 @functools.partial(jax.jit, static_argnames=("scope", "sinks", "window", "floor", "lowest"))
-def select(cache, scope, sinks=0, window=0, floor=0, lowest=-np.inf):
-    return cache_lib.select(cache, cache_lib.entry_scores(cache, by_stat), scope, sinks, window, floor, lowest=lowest)
+def select(cache, scope, sinks=0, window=0, floor=0, lowest=-np.inf, due=None):
+    return cache_lib.select(cache, cache_lib.entry_scores(cache, by_stat), scope, sinks, window, floor, lowest=lowest, due=due)
 
 
 append = jax.jit(cache_lib.append)
@@ -332,6 +332,22 @@ def test_with_buffer_keeps_what_it_holds(width):
         np.testing.assert_array_equal(other.buffer_position[row, :n], np.arange(n))
     for one, wider in zip(*(cache_lib.kept_positions(c, 0) for c in (select(poison(cache), "global"), select(poison(other), "global"))), strict=True):
         assert [stream.tolist() for stream in one] == [stream.tolist() for stream in wider]
+
+
+@pytest.mark.parametrize(("scope", "options"), [*((scope, {}) for scope in cache_lib.SCOPES), ("global", {"lowest": -9.0}), ("global", {"floor": 1})])
+def test_who_is_not_due_keeps_pool_and_buffer(scope, options):
+    random = np.random.default_rng(0)
+    cache = cache_lib.init(L, H, D, [2, 3], C, W)
+    for valid in ([T, T], [5, 4]):
+        stat = random.integers(-9, 0, (L, B, T, H)).astype(np.float32)
+        cache = append(select(cache, scope), *entries(np.asarray(cache.seen), stat, np.array(valid)), np.array(valid, np.int32))
+    before, due = poison(cache), np.array([True, False])
+    everyone, found = (poison(select(before, scope, **options, due=one)) for one in (None, due))
+    assert found.buffered.tolist() == [0, 4] and np.array_equal(found.starts[1], before.starts[1]) and found.starts[1, -1] > 0
+    for row, expected in enumerate((everyone, before)):
+        for name in cache_lib.Cache._fields[:-1]:
+            at = (slice(None), row) if getattr(found, name).shape[0] == L and name.startswith("buffer_") and name != "buffer_position" else row
+            np.testing.assert_array_equal(getattr(found, name)[at], getattr(expected, name)[at], err_msg=f"{name} of {row}")
 
 
 def test_a_fresh_cache_holds_nothing():
