@@ -328,6 +328,16 @@ class TestSampling:
     def test_temperature_one_follows_the_probabilities(self):
         np.testing.assert_allclose(self.draw(1.0, 1.0), [0.5, 0.3, 0.15, 0.05], atol=0.04)
 
+    def test_temperature_is_what_the_logits_are_divided_by(self):
+        np.testing.assert_allclose(self.draw(0.5, 1.0), [0.685, 0.247, 0.062, 0.007], atol=0.04)
+
+    def test_every_token_of_every_row_has_noise_of_its_own(self, small):
+        """At such a temperature all logits are alike, and the noise alone decides."""
+        run = rows(small, 2, 12)
+        run.append(2 * random_prompts([20]))
+        tokens = np.concatenate(list(run.decode(20, 1e4, 1.0, 0, stop=())), axis=1)
+        assert not np.array_equal(*tokens) and all(len(set(row.tolist())) > 10 for row in tokens)
+
     def test_top_p_keeps_the_fewest_tokens_that_reach_it(self):
         np.testing.assert_allclose(self.draw(1.0, 0.7), [0.625, 0.375, 0, 0], atol=0.04)
         np.testing.assert_array_equal(self.draw(1.0, 0.1), [1, 0, 0, 0])

@@ -150,6 +150,16 @@ def test_packing_loses_and_splits_nothing(tokenizer, tmp_path, monkeypatch, bins
     assert set(seen) == expected and max(per_row) > 1
 
 
+def test_rows_share_the_documents_out(tokenizer, tmp_path, monkeypatch):
+    """Of 30, each of 3 rows has 10 in an epoch, and no other has them."""
+    monkeypatch.setattr(data, "WINDOW", 30)
+    texts = [f"Number {number}." for number in range(30)]
+    pipeline = data.Pipeline(section({"text": records(tmp_path, texts)}, batch_size=3, length=24), tokenizer, seed=1)
+    batches = take(pipeline.rows([0, 1, 2]), 12)
+    first = [[tuple(one.tolist()) for batch in batches for one in documents_of({name: values[row] for name, values in batch.items()})][:10] for row in range(3)]
+    assert sorted(sum(first, [])) == sorted(tuple(tokenizer.encode(one)) for one in texts)
+
+
 def test_rows_do_not_depend_on_their_company(tokenizer, tmp_path):
     sources = {"facts": FACTS, "chat": records(tmp_path, [CHAT, CHAT[:2]])}
     pipeline = data.Pipeline(section(sources, batch_size=3, packing_bins=2), tokenizer, seed=5)

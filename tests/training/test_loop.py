@@ -24,6 +24,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from configs import qwen3_1_7b, qwen3_4b, qwen3_8b, smollm2_135m
 from retention import checkpoints, gates
+from retention.checkpoints import gates as gates_file
 from retention.distributed import gather_json, initialize, local_rows
 from retention.runs import RunFolder
 from retention.training import loop, plots, sharding
@@ -200,6 +201,23 @@ def test_more_tokens_than_the_model_knows_are_told(folder, tmp_path):
     config = make_config(folder, **{"data.length": 5000, "steps": 1})
     with pytest.warns(UserWarning, match="data.length 5000 is beyond the 4096 positions"), pytest.raises(ValueError, match="steps must be more than"):
         loop.train(config, tmp_path)
+
+
+def test_exported_gates_are_the_trained_ones(whole, folder, tmp_path):
+    """But for the trunks' matrices, which are written in half precision; and no path of this machine is in the file."""
+    file, out = whole / "gates.safetensors", tmp_path / "out.safetensors"
+    command = [sys.executable, "-m", "experiments.export", f"--gates={file}", f"--model={folder}", f"--out={out}"]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    with safetensors.safe_open(out, "numpy") as opened:
+        dtypes = {name: str(opened.get_tensor(name).dtype) for name in opened.keys()}
+    assert dtypes == {name: "float16" if name in ("w1", "w2") else "float32" for name in stored(file)}
+    shape = checkpoints.load(folder, gates=None).config
+    before, after = gates_file.load(file, shape), gates_file.load(out, shape)
+    assert after.config == before.config and str(folder.parent).encode() not in out.read_bytes()
+    facts = ("commit", "versions", "device", "seconds", "seed", "steps", "first_step")
+    assert after.record == {"model": folder.name, **{name: before.record[name] for name in facts}}
+    for name, leaf in before.params.items():
+        np.testing.assert_array_equal(np.asarray(leaf).astype(dtypes[name]).astype(np.float32), after.params[name], err_msg=name)
 
 
 def test_tokens_that_the_embedding_has_not_are_refused(folder, tmp_path):
