@@ -76,6 +76,15 @@ def test_evicting_from_the_real_cache_obeys_the_identity():
     np.testing.assert_allclose(whole, jnp.take_along_axis(weights, evidence[:, None], axis=1)[:, 0], rtol=1e-4)
 
 
+def test_what_is_recalled_is_the_nearest_value():
+    """Four keys, each with another's direction as its value: one finds its evidence, one has evicted it, one looks another key up."""
+    eye = jnp.eye(4)
+    keys, values = (jnp.broadcast_to(one, (3, 4, 4)) for one in (eye, jnp.roll(eye, 1, axis=1)))
+    query, score, evidence = 20 * eye[jnp.array([1, 2, 0])], jnp.array([[0.0, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 1]]), jnp.array([1, 2, 3])
+    assert dilution.recall(keys, values, query, score, evidence, None)[1].tolist() == [True, True, False]
+    assert dilution.recall(keys, values, query, score, evidence, 2)[1].tolist() == [True, False, False]
+
+
 def test_the_experiment_shows_the_fall_and_the_recovery(tmp_path):
     command = [sys.executable, "-m", "experiments.dilution", f"--workdir={tmp_path}", "--config.distractors=(16, 1024)", "--config.samples=16"]
     subprocess.run(command, check=True, capture_output=True)

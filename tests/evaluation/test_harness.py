@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -206,6 +208,25 @@ def test_turns_follow_each_other_and_other_questions_do_not(folder, model, monke
             assert log == [(1, [*first]), (2, [*second]), (0, [third[0], []])]
 
 
+def test_every_answer_is_scored_by_its_own_question(folder, model, monkeypatch):
+    """Of samples 2 and 3 of four: one says its first answer both times, the other that one and then its own second."""
+    monkeypatch.setattr(harness.cache_lib, "kept_entries", lambda cache: np.array([7, 8]))
+    monkeypatch.setattr(harness, "held", lambda rows, row: {"context_tokens": row})
+    monkeypatch.setattr(harness, "time", types.SimpleNamespace(time=itertools.count().__next__))
+    stop, samples = model.tokenizer.eos_ids[0], [needles.Sample("One.", ("\n\nA?" + ASK, "\n\nB?" + ASK), (f"{i}1", f"{i}2")) for i in range(4)]
+    replies = [np.array([[*model.tokenizer.encode(answer, bos=False), stop, -1, -1, -1][:4] for answer in said]) for said in (("21", "21"), ("21", "32"))]
+
+    def rows(wanted, contexts):
+        assert contexts == [[2], [3]]
+        yield wanted[0], Scripted(replies, []), {"prefill_seconds": 3.0}
+
+    reader = types.SimpleNamespace(model=model, config=config_of(folder), rows=rows)
+    [(_, records)] = harness.Asking(reader, tasks.Task("needle4", samples), [[i] for i in range(4)]).run(["cell"], [2, 3])
+    told = [tuple(record[name] for name in ("sample", "question", "answer", "generated", "score", "context_tokens", "kept_at_end")) for record in records]
+    assert told == [(2, 0, "21", "21", 1, 0, 7), (2, 1, "22", "21", 0, 0, 7), (3, 0, "31", "21", 0, 1, 8), (3, 1, "32", "32", 1, 1, 8)]
+    assert {(record["prefill_seconds"], record["decode_seconds"]) for record in records} == {(3.0, 0.5)}, "a second for both samples"
+
+
 def test_an_interrupted_run_goes_on_and_says_the_same(folder, whole, tmp_path, monkeypatch):
     """Cut off after a random number of batches of cells, amid the writing of one's records."""
     calls, log_all = [], RunFolder.log_all
@@ -270,6 +291,34 @@ def test_policies_and_budgets_share_a_reading(folder, model, monkeypatch):
     for policy in config.one_shot:
         shared = [seconds[cell] for cell in wanted if cell.policy == policy]
         assert len({one["prefill_seconds"] for one in shared}) == 1 and all(one["evict_seconds"] > 0 for one in shared), "each is charged for all of it"
+
+
+def test_each_cell_is_charged_for_what_it_takes(folder, monkeypatch):
+    """By a clock that only reading (10 s), KVzip's second reading (100 s) and compressing (1 s) move on: seconds are for one sequence of the batch."""
+    clock = [0.0]
+
+    def rows(batch, seconds):
+        clock[0] += seconds
+        return types.SimpleNamespace(batch=batch, cache=None, logits=None, append=lambda contexts: rows(batch, 10))
+
+    def reading(model, names, contexts):
+        batch, again = len(contexts), {"kvzip": 100}  # once
+        return types.SimpleNamespace(
+            full=rows(batch, 10),
+            read_for=lambda policy: rows(batch, again.pop(policy, 0)),
+            compress=lambda budget, policy, *_: rows(batch, 1 + again.pop(policy, 0)),
+        )
+
+    monkeypatch.setattr(harness, "time", types.SimpleNamespace(time=lambda: clock[0]))
+    monkeypatch.setattr(harness, "empty_rows", lambda config, model, cell, batch: rows(batch, 0))
+    monkeypatch.setattr(harness, "Reading", reading)
+    config = config_of(folder, tasks=("prose",), policies=("kvzip", "retention"), one_shot=("window", "kvzip"), budgets=(0.5, 0.25))
+    wanted = {"full": (10, 0), "retention": (10, 0), "window": (10, 1), "kvzip": (10 + 100, 1)}
+    for batch in (1, 2):
+        found = [(cell, seconds) for cell, _, seconds in harness.Reader(config, None).rows(cells.table(config), batch * [[3]])]
+        assert len(found) == 1 + 2 * 3
+        for cell, seconds in found:
+            assert (seconds["prefill_seconds"], seconds["evict_seconds"]) == tuple(s / batch for s in wanted[cell.policy]), (cell, batch)
 
 
 def test_the_question_may_be_seen(folder, tmp_path):
@@ -340,6 +389,7 @@ def test_samples_are_paired_with_the_full_caches(folder):
     own, full = records({2: (1.0, 0.0), 0: (1.0, 1.0), 1: (0.0, 0.0)}), records({0: (1.0, 0.0), 1: (0.0, 1.0), 2: (0.0, 1.0)})
     row = harness.summarise(config_of(folder), cell, own, full)
     assert (row["above_full"], row["below_full"], row["score"]) == (1, 1, 0.5)
+    assert (row["low"], row["high"]) == pytest.approx(harness.interval(0.5, 3), abs=5e-5), "two questions about one context are no two samples"
     assert "above_full" not in harness.summarise(config_of(folder), cell, own, None), "where the full cache was not run there is nothing to pair"
 
 

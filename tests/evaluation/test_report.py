@@ -1,13 +1,14 @@
-"""Leaderboards from run folders, as experiments.evaluate writes them."""
+"""Leaderboards from run folders, as experiments.evaluate writes them, and the pictures."""
 
 import csv
 import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from retention.evaluation import plots
+from retention.evaluation import kept_text, plots
 from retention.evaluation.report import leaderboard
 
 SECONDS = {"prefill_seconds": 1.5, "evict_seconds": 0.25, "decode_seconds": 2.0}
@@ -190,3 +191,51 @@ def test_what_was_kept(tmp_path, drawn):
     assert maps == {"window\n(global)": [[0.25, 0.25]], "retention\n(global)": [[pytest.approx(0.3), pytest.approx(0.1)]]}, "at the smallest budget, the mean"
     lines = {line.get_label(): line for line in distance.axes[0].lines}
     assert lines["retention (global)"].get_ydata() == pytest.approx([0.2, 0.0]) and lines["window (global)"].get_xdata().tolist() == [0.25, 0.75]
+
+
+def lines_of(axis):
+    return {line.get_label(): (line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axis.lines}
+
+
+def test_streams(tmp_path, drawn):
+    """Of two parts, 10 and 30 tokens long: a column a budget, loss above and KL below, the full cache's loss in each column."""
+    losses = {("full", None): [1.0, 2.0], ("window", 8): [3.0, 4.0], ("retention", 8): [5.0, 6.0], ("window", 4): [7.0, 8.0], ("retention", 4): [9.0, 10.0]}
+    rows = [
+        {"policy": policy, "budget": budget, "from": first, "to": last, "loss": loss, "kl": loss / 100}
+        for (policy, budget), own in losses.items() for (first, last), loss in zip(((0, 10), (10, 40)), own, strict=True)
+    ]  # fmt: skip
+    plots.plot_streams(rows, tmp_path / "stream.png")
+    loss_4, loss_8, kl_4, kl_8 = map(lines_of, drawn[0].axes)
+    middle = [5.0, 25.0]
+    assert loss_4 == {"full": (middle, [1.0, 2.0]), "window": (middle, [7.0, 8.0]), "retention": (middle, [9.0, 10.0])}
+    assert loss_8 == {"full": (middle, [1.0, 2.0]), "window": (middle, [3.0, 4.0]), "retention": (middle, [5.0, 6.0])}
+    assert kl_4 == {"window": (middle, [0.07, 0.08]), "retention": (middle, [0.09, 0.1])}
+    assert kl_8 == {"window": (middle, [0.03, 0.04]), "retention": (middle, [0.05, 0.06])}
+
+
+def test_dilution(tmp_path, drawn):
+    """Attention with two standard errors and the bound e^4 / (e^4 + distractors) on the left, recall on the right."""
+    fields = ("cache", "distractors", "mass", "mass_error", "accuracy")
+    rows = [("full cache", 16, 0.5, 0.1, 1.0), ("window", 16, 0.4, 0.05, 0.3), ("full cache", 64, 0.2, 0.01, 0.9), ("window", 64, 0.1, 0.02, 0.0)]
+    plots.plot_dilution([dict(zip(fields, row, strict=True)) for row in rows], 8, 4.0, tmp_path / "dilution.png")
+    (mass, recall), shades = map(lines_of, drawn[0].axes), drawn[0].axes[0].collections
+    bound_x, bound = mass.pop("bound of the full cache")
+    assert mass == {"full cache": ([16, 64], [0.5, 0.2]), "window": ([16, 64], [0.4, 0.1])}
+    assert recall == {"full cache": ([16, 64], [1.0, 0.9]), "window": ([16, 64], [0.3, 0.0])}
+    assert (bound_x[0], bound[0], bound_x[-1], bound[-1]) == pytest.approx((16, np.e**4 / (np.e**4 + 16), 64, np.e**4 / (np.e**4 + 64)))
+    corners = [{(x, round(y, 4)) for x, y in shade.get_paths()[0].vertices.tolist()} for shade in shades]
+    assert corners == [{(16, 0.3), (16, 0.7), (64, 0.18), (64, 0.22)}, {(16, 0.3), (16, 0.5), (64, 0.06), (64, 0.14)}]
+
+
+def test_positions_kept(tmp_path, drawn):
+    """Of a layer of two heads and four tokens, as a picture of streams and as text."""
+    kept = [[np.array([0, 1, 3]), np.array([3])]]
+    plots.plot_kept(kept, 4, tmp_path / "kept.png", "kept", marks=[2])
+    kept_text.plot(kept_text.mask(kept, 4), ["One", " two", " six\n", "end"], "kept", tmp_path / "text.png")
+    (image, share), [text] = drawn[0].axes, drawn[1].axes
+    assert image.images[0].get_array().tolist() == [[1, 1, 0, 1], [0, 0, 0, 1]] and image.lines[0].get_xdata() == [2, 2]
+    assert [bar.get_width() for bar in share.patches] == [0.75, 0.25]
+    assert [(one.get_position(), one.get_text()) for one in text.texts] == [((0, 0), "One"), ((3, 0), " two"), ((7, 0), " six↵"), ((0, 1), "end")]
+    assert [(box.get_xy(), box.get_width()) for box in text.patches] == [((0, -0.5), 3), ((3, -0.5), 4), ((7, -0.5), 5), ((0, 0.5), 3)]
+    red = [box.get_facecolor() for box in text.patches]
+    assert [plots.plt.cm.Reds(0.85 * share) for share in (0.5, 0.5, 0, 1)] == red

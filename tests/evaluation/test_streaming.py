@@ -4,14 +4,17 @@ import csv
 import subprocess
 import sys
 import time
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from retention import checkpoints
+from retention.chat import encoder
 from retention.checkpoints import gates as gates_file
-from retention.evaluation import streaming
+from retention.evaluation import prose, streaming
 from retention.rows import Rows
 from tests.conftest import small_config, small_model
 from tests.tiny import write_folder
@@ -52,6 +55,24 @@ def test_following_is_decoding(folder):
     np.testing.assert_allclose(jax.nn.log_softmax(caches["window"].logits), jax.nn.log_softmax(decoded.logits), atol=1e-4)
 
 
+def test_losses_and_divergence_are_those_of_numpy():
+    """KL(full || cache), in this direction, and the losses, of prose's continuations and of a stream's piece, from given logits."""
+    full, cache = np.random.default_rng(0).normal(scale=2, size=(2, 2, 3, 4))
+    labels = np.array([[0, 3, 1], [2, 2, 0]])
+    p, q = (np.exp(logits) / np.exp(logits).sum(axis=2, keepdims=True) for logits in (full, cache))
+    kl = (p * np.log(p / q)).sum(axis=2)
+    full_loss, loss = (-np.log(np.take_along_axis(one, labels[:, :, None], axis=2)[:, :, 0]) for one in (p, q))
+    found = prose.divergence(jnp.asarray(full), jnp.asarray(cache), np.insert(labels, 0, 1, axis=1))
+    for row in (0, 1):
+        assert found[row] == pytest.approx({"kl": kl[row].mean(), "loss": loss[row].mean(), "full_loss": full_loss[row].mean()}, rel=1e-4)
+    caches = {name: types.SimpleNamespace(score=lambda tokens, logits=logits: jnp.asarray(logits)) for name, logits in (("window", cache), ("full", full))}
+    pieces = list(streaming.follow(caches, np.pad(labels, ((0, 0), (3, 0))), 3, 3))
+    assert [piece[:2] for piece in pieces] == [(3, "full"), (3, "window")]
+    for (*_, its_loss, its_kl), wanted in zip(pieces, ((full_loss, 0 * kl), (loss, kl)), strict=True):
+        np.testing.assert_allclose(its_loss, wanted[0], rtol=1e-4)
+        np.testing.assert_allclose(its_kl, wanted[1], rtol=1e-4, atol=1e-6)
+
+
 def test_a_stream_goes_on_from_saved_caches(folder, tmp_path):
     model = checkpoints.load(folder, gates=folder / "gates.safetensors")
     stream = np.random.default_rng(0).integers(3, 500, (2, 48))
@@ -82,6 +103,19 @@ def test_stories_hold_their_answer_once_and_ask_for_it():
     assert samples == streaming.stories(5, seed=0) and len({sample.answers for sample in samples}) == 5
     for sample in samples:
         assert sample.context.count(sample.answers[0]) == 1 and sample.answers[0] not in sample.questions[0]
+
+
+def test_each_story_is_remembered_by_itself(folder):
+    """Of three, the last says the first's number."""
+    samples, tokenizer, asked = streaming.stories(3, seed=0), checkpoints.load(folder, gates=None).tokenizer, []
+    said = [f"It is {samples[i].answers[0]}." for i in (0, 1, 0)]
+    rows = types.SimpleNamespace(
+        model=types.SimpleNamespace(tokenizer=tokenizer),
+        append=lambda prompts, answer: asked.append((prompts, answer)),
+        decode_all=lambda count, *_: [tokenizer.encode(one, bos=False)[:count] for one in said],
+    )
+    assert streaming.remembered(rows, samples) == [True, True, False]
+    assert asked == [([encoder(tokenizer)(sample.questions[0]) for sample in samples], 24)]
 
 
 def command_of(folder, workdir, kind, tokens):
