@@ -97,6 +97,16 @@ def test_retention_refuses(arguments, message):
         policies.retention.policy(**arguments)
 
 
+def test_alpha_is_of_the_worth_summed_over_the_lookahead():
+    """METHOD section 4: keep s >= log alpha, s the log of a sum; the score is that of the mean, so an entry stays that scores log(alpha / n)."""
+    policy = policies.get("retention:alpha=0.5,lookahead=4")
+    assert policy.lowest == pytest.approx(-3 * np.log(2))
+    ages = 1001 - POSITION[:, None, None] + np.arange(4)
+    summed = np.exp(ages * LOG_BETA.astype(np.float64)[:, None]).sum(axis=-1)
+    assert ((summed > 0.5) & (summed < 2)).any(), "or one of the mean does as well"
+    np.testing.assert_array_equal(grid(4) >= policy.lowest, summed >= 0.5)
+
+
 def test_window_keeps_sinks_and_the_newest():
     policy = policies.get("window")
     position = jnp.asarray(np.random.default_rng(0).permutation(100))
@@ -142,6 +152,46 @@ def test_random_is_uniform_and_independent():
     assert len(np.unique(draws)) > 0.99 * draws.size
 
 
+def test_knorm_keeps_small_keys():
+    np.testing.assert_allclose(policies.get("knorm").stat(written([[0, 1]], [0], keys=jnp.array([[[[[3.0, 4.0]], [[0.0, 1.0]]]]])))[0, 0, :, 0], [-5, -1])
+
+
+SNAP = dict(streams=True, queries=32)
+# What METHOD section 6 and the papers say, for a budget of 256 and 32 layers: the scope, the sinks, the newest tokens that are protected; what the model is
+# asked for; and the numbers of the score.
+DEFAULTS = {
+    "full": (("global", 0, 0), {}, {}),
+    "random": (("global", 0, 0), {}, {}),
+    "window": (("global", 4, 0), {}, {}),
+    "retention": (("global", None, 0), dict(gated=True), dict(lookahead=1)),
+    "h2o": (("head", 0, 128), dict(attended=True), {}),
+    "tova": (("head", 0, 1), dict(streams=True, queries=1), {}),
+    "snapkv": (("head", 0, 32), SNAP, dict(kernel=7)),
+    "pyramidkv": (("head", 0, 32), SNAP, dict(kernel=7, beta=20)),
+    "ada_snapkv": (("layer", 0, 32), SNAP, dict(kernel=7, window=32, floor=0.2)),
+    "knorm": (("head", 0, 0), {}, {}),
+    "keydiff": (("head", 0, 0), dict(streams=True), {}),
+    "expected_attention": (("head", 4, 0), dict(streams=True, moments=4), dict(future=512)),
+    "lagkv": (("head", 4, 0), dict(streams=True), dict(lag=128)),
+    "rkv": (("head", 0, 8), dict(streams=True, queries=8), dict(kernel=7, balance=0.1, threshold=0.5)),
+    "kvzip": (("global", 4, 0), dict(reread=2048), {}),
+    "epikv_flat": (("shared", 0, 64), dict(hidden=(10, 21), past=64), {}),
+    "epikv_band": (("shared", 0, 64), dict(hidden=(*range(7, 14), *range(18, 26)), past=64), {}),
+    "epikv_seg": (("shared", 0, 64), dict(streams=True, hidden=(10, 21), past=64), {}),
+    "infokv": (("head", 0, 64), dict(streams=True, queries=64, hidden=tuple(range(32)), entropy=True), dict(kernel=9, alpha=0.9)),
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_are_the_papers(name):
+    policy, (protects, asks, numbers) = policies.get(name), DEFAULTS[name]
+    window = int(policy.window(256)) if callable(policy.window) else policy.window
+    assert (policy.scope, policy.sinks, window) == protects
+    nothing = dict(streams=False, gated=False, queries=0, moments=None, hidden=None, past=0, entropy=False, attended=False, reread=0)
+    assert {field: getattr(policy, field) for field in nothing} | ({"hidden": policy.hidden(32)} if policy.hidden else {}) == nothing | asks
+    assert getattr(policy.score, "keywords", {}) | getattr(policy.layer_budgets, "keywords", {}) == numbers
+
+
 def test_registry(monkeypatch):
     monkeypatch.setattr(policies, "_REGISTRY", dict(policies._REGISTRY))
     assert policies.names() == sorted(policies.names()) and {"full", "random", "retention", "window"} <= set(policies.names())
@@ -167,7 +217,7 @@ def test_options_of_a_name():
     assert policy.floor == 3 and policy.score.keywords == {"lookahead": 7} and policy.lowest == -np.inf
     assert policies.get("retention:alpha=0.5").lowest == np.log(0.5)
     assert policies.get("retention:lookahead=7,floor=3") is policy and policies.get("retention") is policies.get("retention")
-    assert policies.get("infokv:alpha=1").window == policies.get("infokv").window
+    assert policies.get("infokv:alpha=1").window == 64 and policies.get("infokv:alpha=1").score.keywords == {"kernel": 9, "alpha": 1}
     theirs = policies.pyramidkv.policy(kvpress=True).layer_budgets(np.array([256]), np.array([1024]), 4, 32)
     np.testing.assert_array_equal(policies.get("pyramidkv:kvpress=True").layer_budgets(np.array([256]), np.array([1024]), 4, 32), theirs)
     assert not np.array_equal(policies.get("pyramidkv").layer_budgets(np.array([256]), np.array([1024]), 4, 32), theirs)

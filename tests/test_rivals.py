@@ -1,12 +1,15 @@
 """The rivals' equations in numpy, float64, loop by loop; and what the model is asked for, against a plain forward pass."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from retention import cache as cache_lib
-from retention import policies
+from retention import observations, policies
 from retention.model import bind, rope_frequencies
 from retention.policies import ada_snapkv, attention, epikv, expected_attention, infokv, keydiff, kvzip, lagkv, pyramidkv, rkv, snapkv, tova
 from retention.reading import Reading
@@ -251,6 +254,35 @@ def test_epikv_looks_back_on_64_values():
         assert z == (pytest.approx((window[-1] - np.mean(window)) / (np.std(window) + 1e-6), abs=2e-4) if len(window) > 2 else 0)
 
 
+def test_epikv_looks_at_blocks_a_third_and_two_thirds_down():
+    for name, of_32, of_30 in (
+        ("epikv_flat", (10, 21), (9, 20)),
+        ("epikv_seg", (10, 21), (9, 20)),
+        ("epikv_band", (*range(7, 14), *range(18, 26)), (*range(7, 13), *range(17, 24))),
+    ):
+        hidden = policies.get(name).hidden
+        assert (hidden(32), hidden(30)) == (of_32, of_30)
+
+
+def test_epikv_bands_are_the_mean_of_their_blocks():
+    """Of six blocks the early band is 1 and 2, the late one 3 to 5; the blocks move at paces of their own."""
+    length, (early, late) = 20, ([0, 1], [2, 3, 4])  # of the blocks 1 to 5 that are seen
+    hidden = np.random.default_rng(0).normal(size=(5, length, 7)).cumsum(axis=1) * np.array([1.0, 3.0, 2.0, 0.5, 5.0])[:, None, None]
+    jump = np.linalg.norm(np.diff(hidden, axis=1), axis=-1)
+
+    def z(band, t):
+        values = jump[band, :t].mean(axis=0)
+        return (values[-1] - values.mean()) / (values.std() + 1e-6)
+
+    position, stream = jnp.arange(length)[None], jnp.arange(12).reshape(6, 1, 1, 2)
+    given = policies.Written(**{name: None for name in policies.Written._fields})._replace(
+        hidden=jnp.asarray(np.pad(hidden, ((0, 0), (64, 0), (0, 0)))[:, None]), position=position, stream=stream
+    )
+    expected = [0, 0, 0, *(1.29 * z(early, t) - z(late, t) for t in range(3, length))]
+    assert policies.get("epikv_band").hidden(6) == (1, 2, 3, 4, 5)
+    np.testing.assert_allclose(policies.get("epikv_band").stat(given), np.broadcast_to(np.array(expected)[:, None], (6, 1, length, 2)), atol=2e-4)
+
+
 def test_epikv_segments_share_any_budget_as_their_quotas():
     """Three full segments whose keys vary much, little and in between: of 104 entries they get 64, 8 and 32, each its best by s."""
     rng = np.random.default_rng(0)
@@ -271,18 +303,23 @@ def test_epikv_segments_share_any_budget_as_their_quotas():
 # What the model is asked for.
 
 
-def plain_forward(model, tokens):
-    """[L,T,...] of one sequence without a cache: q, k, attention [L,H,G,T,T], block outputs, logits."""
-    config = model.config
-
-    def attend(carry, x, q, k, v, h):
+@functools.partial(jax.jit, static_argnums=0)
+def masked_forward(config, params, tokens, visible):
+    def attend(carry, mask, q, k, v, h):
         logits = jnp.einsum("BTHGD,BIHD->BHGTI", q, k) * config.head_dim**-0.5
-        weights = jax.nn.softmax(jnp.where(jnp.tri(len(tokens), dtype=bool), logits, -jnp.inf), axis=-1)
+        weights = jax.nn.softmax(jnp.where(mask[:, None], logits, -jnp.inf), axis=-1)
         return carry, jnp.einsum("BHGTI,BIHD->BTHGD", weights, v), (q[0], k[0], weights[0])
 
-    decoder = bind(config, model.params)
-    hidden, _, ((q, k, weights), outputs) = decoder(jnp.asarray([tokens]), jnp.arange(len(tokens))[None], attend, outputs=True)
-    return tuple(np.asarray(x) for x in (q, k, weights, outputs[:, 0], decoder.logits(hidden)[0]))
+    decoder, position = bind(config, params), jnp.arange(tokens.shape[0])[None]
+    hidden, _, ((q, k, weights), outputs) = decoder(tokens[None], position, attend, layer_inputs=visible, outputs=True)
+    return q, k, weights, outputs[:, 0], decoder.logits(hidden)[0]
+
+
+def plain_forward(model, tokens, visible=None):
+    """[L,T,...] of one sequence without a cache: q, k, attention [L,H,G,T,T], block outputs, logits. visible [L,H,T,T]: what a query sees, if not all."""
+    if visible is None:
+        visible = np.broadcast_to(np.tri(len(tokens), dtype=bool), (model.config.layers, model.config.kv_heads, len(tokens), len(tokens)))
+    return tuple(np.asarray(x) for x in masked_forward(model.config, model.params, jnp.asarray(tokens), jnp.asarray(visible)))
 
 
 @pytest.fixture(scope="module")
@@ -296,17 +333,84 @@ def buffered(rows, length):
     return np.asarray(rows.cache.buffer_stat)[:, 0, :, :length]
 
 
+def before_rope(config, q):
+    """q [L,T,H,G,D] of positions 0 to T-1, float64."""
+    angle = np.arange(q.shape[1])[:, None] * np.asarray(rope_frequencies(config)[0], np.float64)
+    first, second = np.split(q.astype(np.float64), 2, axis=-1)
+    cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
+    return np.concatenate([first * cos + second * sin, second * cos - first * sin], axis=-1)
+
+
 def test_queries_and_moments(small, forward):
     prompt, (q, *_) = forward
     rows = Reading(small, ("snapkv", "expected_attention"), [prompt, prompt[:5]]).full
     np.testing.assert_allclose(rows.cache.noted["queries"][:, 0], q[:, -32:], atol=2e-5)
     np.testing.assert_allclose(rows.cache.noted["queries"][:, 1, -5:], q[:, :5], atol=2e-5)
-    angle = np.arange(300)[:, None] * np.asarray(rope_frequencies(small.config)[0], np.float64)
-    first, second = np.split(q.astype(np.float64), 2, axis=-1)
-    cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
-    bare = np.concatenate([first * cos + second * sin, second * cos - first * sin], axis=-1)[:, 4:]
+    bare = before_rope(small.config, q)[:, 4:]
     np.testing.assert_allclose(rows.cache.noted["query_sum"][:, 0], bare.sum(axis=1), rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(rows.cache.noted["query_outer"][:, 0], np.einsum("LTHGC,LTHGD->LHGCD", bare, bare), rtol=1e-3, atol=1e-2)
+
+
+RATE = 1 + 3.37 * np.arange(6)  # at which each stream's entries lose worth: no two of different streams are worth the same
+
+
+def worth(rate, position):
+    """Even positions first, of those the oldest: a row of a stream is never its position."""
+    return -rate * (position + 1000.0 * (position % 2))
+
+
+@pytest.mark.parametrize("scope, shares", [("global", None), ("layer", None), ("head", None), ("head", (2, 1, 0))])
+def test_a_policy_is_given_what_its_streams_hold(small, scope, shares):
+    """After two evictions that leave streams of unlike lengths: their entries as a forward pass has them that masks all others, and the queries."""
+    config, layers, heads, budget, given = small.config, small.config.layers, small.config.kv_heads, 5, []
+
+    def score(streams):
+        jax.debug.callback(given.append, streams, ordered=True)
+        return worth(streams.stat, streams.position)
+
+    def stat(written):
+        return jnp.broadcast_to(RATE.reshape(layers, 1, 1, heads), (layers, *written.position.shape, heads)).astype(jnp.float32)
+
+    layer_budgets = shares and (lambda budget, *_: budget[:, None] * jnp.array(shares))
+    rows = Rows(small, 2, budget, policies.Policy(score, stat, streams=True, queries=4, moments=4, layer_budgets=layer_budgets), scope, prefill_chunk=32)
+    rows.piece = 1  # of 32 rows the buffer then has room for 31 tokens that wait for an answer: a stream is all of its segment and of these
+    prompts, ends = random_prompts([93, 93]), [(0, 0), (31, 20), (62, 51), (93, 60)]
+    visible = np.tile(np.eye(93, dtype=bool), (2, layers, heads, 1, 1))
+    for begins, stops in zip(ends[:-1], ends[1:], strict=True):
+        rows.settle()  # evicts
+        for row, (begin, stop) in enumerate(zip(begins, stops, strict=True)):
+            visible[row, :, :, begin:stop, begin:stop] = np.tri(stop - begin, dtype=bool)
+            for layer, head in np.ndindex(layers, heads) if begin else ():
+                visible[row, layer, head, begin:stop, cache_lib.kept_positions(rows.cache, row)[layer][head]] = True
+        rows.append([prompt[begin:stop] for prompt, begin, stop in zip(prompts, begins, stops, strict=True)], answer=0)
+    rows.settle()
+    jax.effects_barrier()
+    assert len(given) == 3 * layers
+    given = jax.tree.map(lambda *x: np.stack(x), *given[-layers:])
+
+    groups = {"global": 1, "layer": layers, "head": layers * heads}[scope]
+    limits = budget * (np.repeat(shares, heads) if shares else np.full(groups, layers * heads // groups))
+    for row, (evicted, seen) in enumerate(zip(*ends[2:], strict=True)):
+        # As what an entry is worth never changes, two evictions leave the best of all.
+        best = np.zeros((groups, layers * heads // groups * evicted), bool)
+        for mask, limit, values in zip(best, limits, worth(RATE[:, None], np.arange(evicted)).reshape(groups, -1), strict=True):
+            mask[np.argsort(-values, kind="stable")[:limit]] = True
+        q, k, *_ = (x[:, :seen] for x in plain_forward(small, prompts[row], visible[row]))
+        for (layer, head), mask in zip(np.ndindex(layers, heads), best.reshape(-1, evicted), strict=True):
+            held = [*np.flatnonzero(mask), *range(evicted, seen)]
+            stream, n = (layer, row, head), len(held)
+            assert given.live[stream][:n].all() and not given.live[stream][n:].any() and not given.keys[stream][n:].any()
+            np.testing.assert_array_equal(given.position[stream][:n], held)
+            np.testing.assert_allclose(given.stat[stream][:n], RATE[heads * layer + head], rtol=1e-6)
+            np.testing.assert_allclose(given.keys[stream][:n], k[layer, held, head], atol=2e-5)
+        assert (given.seen[:, row] == seen).all() and (given.budget[:, row] == budget).all()
+        np.testing.assert_array_equal(given.query_position[:, row], np.tile(np.arange(seen - 4, seen), (layers, 1)))
+        np.testing.assert_allclose(given.queries[:, row], q[:, -4:], atol=2e-5)
+        bare = before_rope(config, q)[:, 4:]
+        mean = bare.mean(axis=1)
+        apart = bare - mean[:, None]
+        np.testing.assert_allclose(given.query_mean[:, row], mean, atol=1e-4)
+        np.testing.assert_allclose(given.query_covariance[:, row], np.einsum("LTHGC,LTHGD->LHGCD", apart, apart) / (seen - 4), atol=1e-3)
 
 
 def test_h2o_adds_up_the_attention_received(small, forward):
@@ -321,11 +425,40 @@ def test_h2o_adds_up_the_attention_received(small, forward):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_kvzip_is_the_most_attention_of_a_second_reading(small, forward):
-    prompt = forward[0][:120]
-    weights = plain_forward(small, prompt + prompt)[2]
-    rows = Reading(small, ("kvzip",), [prompt]).read_for("kvzip")
-    np.testing.assert_allclose(buffered(rows, 120), weights[:, :, :, 120:, :120].max(axis=(2, 3)), rtol=1e-4, atol=1e-6)
+class Asking:
+    """A tokenizer of a chat turn and of the two texts that ask."""
+
+    chat_template = "there is one"
+
+    def turn(self):
+        return "opening", "closing"
+
+    def encode(self, text, bos):
+        return {"opening": [5, 6, 7], "closing": [8, 9]}.get(text) or [10, 11 + text.endswith("starting with")]
+
+
+@pytest.mark.parametrize("chunk, tokenizer", [(2048, None), (40, Asking())])
+def test_kvzip_is_the_most_attention_of_a_second_reading(small, forward, chunk, tokenizer):
+    """Part by part, asked for by the 8 tokens before it: over the first 4 tokens, the part and what is read with it; the turn's opening gets none."""
+    length, opening = 122, [5, 6, 7] if tokenizer else []
+    prompt = opening + forward[0][len(opening) : length]
+    expected = np.zeros((small.config.layers, small.config.kv_heads, length))
+    for begin in range(len(opening), length, chunk):
+        stop = min(begin + chunk, length)
+        asked = [] if tokenizer is None else [10, 11, 8, 9] if begin == len(opening) else [10, 12, *prompt[begin - 8 : begin], 8, 9]
+        read = prompt + asked + prompt[begin:stop]
+        q, k, *_ = (x[:, : len(read)] for x in plain_forward(small, read + [0] * (2 * length - len(read))))
+        entry = np.arange(len(read))
+        shown = ((entry < 4) | ((entry >= begin) & (entry < stop)) | (entry >= length)) & (entry <= entry[length:, None])
+        logits = np.einsum("LTHGD,LIHD->LHGTI", q[:, length:], k) * small.config.head_dim**-0.5
+        weights = jax.nn.softmax(np.where(shown, logits, -np.inf), axis=-1)
+        expected[:, :, begin:stop] = weights[..., begin:stop].max(axis=(2, 3))
+    name = f"kvzip:chunk={chunk}"
+    rows = Reading(dataclasses.replace(small, tokenizer=tokenizer), (name,), [prompt]).read_for(name)
+    np.testing.assert_allclose(buffered(rows, length), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_what_kvzip_has_not_read_again_stays_before_all_else():
     assert (np.asarray(kvzip.score(jnp.array([kvzip.UNREAD, 1.0]), jnp.array([7, 9]), 10)) >= [1.0, 1.0]).all()
 
 
@@ -347,6 +480,17 @@ def test_epikv_and_infokv_see_the_blocks_outputs_and_the_predictions(small, forw
     information = (2 - np.einsum("LTE,TE->LT", unit, unit[-1])) * entropy
     found = buffered(Reading(small, ("infokv",), [prompt]).read_for("infokv"), 300)
     np.testing.assert_allclose(found, np.broadcast_to(information[:, None], found.shape), rtol=1e-3, atol=1e-4)
+
+
+def test_the_entropy_is_of_the_likeliest_predictions_as_they_are(small, monkeypatch):
+    """METHOD section 6: -sum p log p over the top ones, each p a share of the whole vocabulary."""
+    monkeypatch.setattr(observations, "TOP", 5)
+    decoder, hidden = bind(small.config, small.params), 3 * jax.random.normal(jax.random.key(0), (1, 9, small.config.embed_dim))
+    logits = np.asarray(decoder.logits(hidden)[0], np.float64)
+    found = observations.entropy_before(decoder, hidden[:, 1:], decoder.logits(hidden[:, 0]), jnp.arange(3, 11)[None])[0]
+    for row, entropy in zip(logits[:-1], np.asarray(found), strict=True):
+        top = np.sort(softmax(row))[-5:]
+        assert top.sum() < 0.9 and entropy == pytest.approx(-np.sum(top * np.log(top)), rel=1e-4)
 
 
 @pytest.mark.parametrize(
