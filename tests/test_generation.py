@@ -114,7 +114,7 @@ def test_evicting_equals_the_masked_full_cache_at_every_step(small, scope, polic
             assert visible[:, :, -1, -window:].all()
 
 
-@pytest.mark.parametrize("policy", ["knorm", "retention", "kvzip"])
+@pytest.mark.parametrize("policy", ["knorm", "retention", pytest.param("kvzip", marks=pytest.mark.slow)])
 def test_a_question_is_whole_until_it_is_answered(small, policy):
     """It stays in the write buffer, of 16 tokens where it has room there, also where the policy would not keep it, until the answer has more or ends."""
     prompts, questions, steps = random_prompts([50, 33]), random_prompts([39, 4]), 60
@@ -141,10 +141,10 @@ def test_a_question_is_whole_until_it_is_answered(small, policy):
         assert np.abs(np.stack(record.logits[row]) - expected).max() <= 1e-5 * np.ptp(expected)
 
 
-@pytest.mark.parametrize(
-    "scope, policy",
-    [("global", "retention"), ("head", "rkv"), *(pytest.param(*one, marks=pytest.mark.slow) for one in (("layer", "keydiff"), ("head", "pyramidkv")))],
-)
+OTHERS = (("layer", "keydiff"), ("head", "pyramidkv"), ("head", "rkv"))
+
+
+@pytest.mark.parametrize("scope, policy", [("global", "retention"), *(pytest.param(*one, marks=pytest.mark.slow) for one in OTHERS)])
 def test_questions_of_unequal_lengths_are_answered_as_among_their_like(small, scope, policy):
     """Each sequence evicts when its own question and answer have filled its own room, whoever is beside it, and however long their questions are."""
     contexts, questions = random_prompts([90, 60]), random_prompts([70, 20])
