@@ -13,8 +13,8 @@ from retention import runs
 from retention.distributed import gather_json
 
 # A run may be resumed with other values of these: they say where and how often things happen, and not what is learned.
-NO_DAMAGE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)  # what keeps a whole checkpoint from being read, such as a device without room
 FREE = ("mesh", "checkpoint_every", "keep_checkpoints")
+NO_DAMAGE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)  # what keeps a whole checkpoint from being read, such as a device without room
 
 
 class Checkpoints:
