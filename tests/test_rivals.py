@@ -437,6 +437,16 @@ class Asking:
         return {"opening": [5, 6, 7], "closing": [8, 9]}.get(text) or [10, 11 + text.endswith("starting with")]
 
 
+def most_when_read_again(model, read, again, begin, stop):
+    """[L,H,stop-begin]: the most that a query of `again`, which follows `read`, pays each of that part, over the first 4 tokens, the part and `again`."""
+    length, tokens = len(read), read + again
+    q, k, *_ = (x[:, : len(tokens)] for x in plain_forward(model, tokens + [0] * (2 * length - len(tokens))))
+    entry = np.arange(len(tokens))
+    shown = ((entry < 4) | ((entry >= begin) & (entry < stop)) | (entry >= length)) & (entry <= entry[length:, None])
+    logits = np.einsum("LTHGD,LIHD->LHGTI", q[:, length:], k) * model.config.head_dim**-0.5
+    return np.asarray(jax.nn.softmax(np.where(shown, logits, -np.inf), axis=-1))[..., begin:stop].max(axis=(2, 3))
+
+
 @pytest.mark.parametrize("chunk, tokenizer", [(2048, None), (40, Asking())])
 def test_kvzip_is_the_most_attention_of_a_second_reading(small, forward, chunk, tokenizer):
     """Part by part, asked for by the 8 tokens before it: over the first 4 tokens, the part and what is read with it; the turn's opening gets none."""
@@ -446,16 +456,19 @@ def test_kvzip_is_the_most_attention_of_a_second_reading(small, forward, chunk, 
     for begin in range(len(opening), length, chunk):
         stop = min(begin + chunk, length)
         asked = [] if tokenizer is None else [10, 11, 8, 9] if begin == len(opening) else [10, 12, *prompt[begin - 8 : begin], 8, 9]
-        read = prompt + asked + prompt[begin:stop]
-        q, k, *_ = (x[:, : len(read)] for x in plain_forward(small, read + [0] * (2 * length - len(read))))
-        entry = np.arange(len(read))
-        shown = ((entry < 4) | ((entry >= begin) & (entry < stop)) | (entry >= length)) & (entry <= entry[length:, None])
-        logits = np.einsum("LTHGD,LIHD->LHGTI", q[:, length:], k) * small.config.head_dim**-0.5
-        weights = jax.nn.softmax(np.where(shown, logits, -np.inf), axis=-1)
-        expected[:, :, begin:stop] = weights[..., begin:stop].max(axis=(2, 3))
+        expected[:, :, begin:stop] = most_when_read_again(small, prompt, asked + prompt[begin:stop], begin, stop)
     name = f"kvzip:chunk={chunk}"
     rows = Reading(dataclasses.replace(small, tokenizer=tokenizer), (name,), [prompt]).read_for(name)
     np.testing.assert_allclose(buffered(rows, length), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_kvzip_reads_each_chunk_again_over_the_first_tokens_in_the_pool(small, forward, monkeypatch):
+    """Of two chunks, the first of which fits into the budget: then the second's sinks are there and not in the buffer."""
+    prompt, found, evict = forward[0][:122], [], Rows._evict
+    monkeypatch.setattr(Rows, "_evict", lambda rows: (found.append(buffered(rows, int(rows.cache.buffered[0]))), evict(rows)))
+    Rows(small, 1, 100, "kvzip", prefill_chunk=61).append([prompt])
+    for (begin, stop), stat in zip(((0, 61), (61, 122)), found, strict=True):
+        np.testing.assert_allclose(stat, most_when_read_again(small, prompt[:stop], prompt[begin:stop], begin, stop), rtol=1e-4, atol=1e-6)
 
 
 def test_what_kvzip_has_not_read_again_stays_before_all_else():
