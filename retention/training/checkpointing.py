@@ -71,29 +71,18 @@ class Checkpoints:
         if last is None:
             return None
         path = self.folder / str(last)
-        try:
+        with _undamaged(path):
             stored = self._manager.restore(last, args=ocp.args.Composite(config=ocp.args.JsonRestore(), data=ocp.args.JsonRestore()))
             found = self._manager.item_metadata(last)["state"]["params"]
-        except NO_DAMAGE:
-            raise
-        except Exception as error:  # orbax raises whatever the damage leads to
-            raise self._damaged(path) from error
         runs.check_same(stored["config"], config, FREE, f"the checkpoint {path} is of another config")
         for name, leaf in shapes.params.items():
             if name not in found or tuple(found[name].shape) != leaf.shape:
                 is_there = tuple(found[name].shape) if name in found else "missing"
                 raise ValueError(f"the checkpoint {path} is of other gates: {name} is {is_there}, this run needs {leaf.shape}; give a new workdir")
-        try:
+        with _undamaged(path):
             state = self._manager.restore(last, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))["state"]
             jax.block_until_ready(state)
-        except NO_DAMAGE:
-            raise
-        except Exception as error:
-            raise self._damaged(path) from error
         return state, stored["data"]
-
-    def _damaged(self, path: pathlib.Path) -> ValueError:
-        return ValueError(f"the checkpoint {path} cannot be read; delete that folder, and the run goes on from the one before")
 
     def _or_disk_error(self, action) -> None:
         try:
@@ -105,3 +94,14 @@ class Checkpoints:
             raise OSError(
                 f"the checkpoint {self.folder / str(self._step)} cannot be written ({reason}); put that right and start again, and the run goes on from {place}"
             ) from error
+
+
+@contextlib.contextmanager
+def _undamaged(path: pathlib.Path):
+    """Around what reads a checkpoint: raises ValueError where it cannot be read for another reason than NO_DAMAGE."""
+    try:
+        yield
+    except NO_DAMAGE:
+        raise
+    except Exception as error:  # orbax raises whatever the damage leads to
+        raise ValueError(f"the checkpoint {path} cannot be read; delete that folder, and the run goes on from the one before") from error
