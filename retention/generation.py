@@ -3,18 +3,15 @@
 import copy
 import dataclasses
 import fractions
-import hashlib
 import numbers
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from retention import cache as cache_lib
 from retention import policies
-from retention.checkpoints import caches
+from retention.checkpoints import arrays, caches
 from retention.model import Model
 from retention.names import check_seed, is_whole
 from retention.rows import Rows, Stats
@@ -100,24 +97,10 @@ def generate(
 
 
 def fingerprint(rows: Rows) -> dict[str, str]:
-    """What a cache depends on beside its arguments: the shape of the model, its dtype, its weights and, where the policy asks for them, its gates (the
-    hexadecimal SHA-256 of `checksum`s)."""
-
-    def digest(params):
-        return hashlib.sha256(b"".join(np.asarray(checksum(leaf)).tobytes() for leaf in jax.tree.leaves(params))).hexdigest()
-
+    """What a cache depends on beside its arguments: the model's shape, dtype and weights and, where the policy asks for them, its gates."""
     model = rows.model
-    shape = {"shape": repr(model.config), "dtype": str(model.params["embed"].dtype), "weights": digest(model.params)}
-    return shape if rows.gates is None else {**shape, "gates": digest(rows.gates), "gate config": repr(rows.plan.gate)}
-
-
-@jax.jit
-def checksum(array: jax.Array) -> jax.Array:
-    """[n] uint32 of floats [..., n], computed where they lie: each column's bits, every row times an odd number of its own, summed. No change of one number
-    escapes it."""
-    bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}")).astype(jnp.uint32)
-    row = sum(jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * 1009**axis for axis in range(bits.ndim - 1))
-    return jnp.sum(bits * (2 * row + 1), axis=tuple(range(bits.ndim - 1)))
+    shape = {"shape": repr(model.config), "dtype": str(model.params["embed"].dtype), "weights": arrays.fingerprint(model.params)}
+    return shape if rows.gates is None else {**shape, "gates": arrays.fingerprint(rows.gates), "gate config": repr(rows.plan.gate)}
 
 
 class Session:

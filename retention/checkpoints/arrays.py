@@ -1,13 +1,17 @@
-"""Named arrays, and what is said of them as JSON, in one safetensors file: how gates and sessions are kept."""
+"""Named arrays, and what is said of them as JSON, in one safetensors file: how gates and sessions are kept. And what tells a model's arrays from others."""
 
 import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from retention.runs import digest
 
 
 def save(path: str | pathlib.Path, arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
@@ -40,3 +44,24 @@ def load(path: str | pathlib.Path, make: Callable[[dict[str, np.ndarray], dict[s
             return make({name: file.get_tensor(name) for name in file.keys()}, facts)
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a {kind} as {writer} writes it, or it is damaged: {error}") from error
+
+
+def fingerprint(params: Any) -> str:
+    """16 hexadecimal digits that tell these floats (a pytree of jax arrays, on however many devices and processes) from others of their shapes and dtypes."""
+    return digest(int(_checksum(leaf)).to_bytes(4) for leaf in jax.tree.leaves(params))
+
+
+@jax.jit
+def _checksum(array: jax.Array) -> jax.Array:
+    """uint32 scalar, computed where the floats lie: their bits, each scrambled together with its place, summed. No change of one number escapes it."""
+    bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}")).astype(jnp.uint32)
+    strides = np.cumprod([1, *bits.shape[:0:-1]], dtype=np.uint32)[::-1]
+    place = sum(stride * jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) for axis, stride in enumerate(strides))
+    return jnp.sum(_scrambled(bits ^ _scrambled(place)))
+
+
+def _scrambled(x: jax.Array) -> jax.Array:
+    """A permutation of the uint32 in which every bit depends on all."""
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    return x ^ (x >> 16)

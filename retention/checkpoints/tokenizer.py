@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from retention.checkpoints.huggingface import read_json
+from retention.runs import digest
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -175,6 +176,10 @@ class Tokenizer:
         if (folder / "chat_template.jinja").is_file():
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         return cls(tokenizer, eos_ids, token("bos_token"), token("eos_token"), template)
+
+    def digest(self) -> str:
+        """What tells this tokenizer, with its chat template, from others: 16 hexadecimal digits."""
+        return digest(part.encode() for part in (self._tokenizer.to_str(), repr(self._special), repr(self.eos_ids), self.chat_template or ""))
 
     def encode(self, text: str, special: bool = True, bos: bool = True) -> list[int]:
         """The token ids of `text`.

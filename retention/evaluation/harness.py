@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from retention import cache as cache_lib
 from retention import chat, checkpoints
+from retention.checkpoints import arrays
 from retention.evaluation import cells, needles, plots, prose, tasks
 from retention.evaluation.cells import Cell, empty_rows, full_cell
 from retention.model import Model
@@ -91,9 +92,14 @@ def load(config: ConfigDict, gates: str | None) -> tuple[Model, list[str]]:
 
 
 def inputs(model: Model, texts: Sequence[str]) -> dict[str, str]:
-    """What answers depend on beside the config: `digest`s of the gates and the texts, whose files may change."""
+    """What answers depend on beside the config: what tells the weights, the tokenizer, the gates and the texts from others, as their files may change."""
     gates = [] if model.gates is None else jax.tree.leaves(model.gates.params)
-    return {"gates": digest(np.asarray(leaf).tobytes() for leaf in gates), "text": digest(one.encode() for one in texts)}
+    return {
+        "weights": arrays.fingerprint(model.params),
+        "tokenizer": model.tokenizer.digest(),
+        "gates": digest(np.asarray(leaf).tobytes() for leaf in gates),
+        "text": digest(one.encode() for one in texts),
+    }
 
 
 def drop_programs() -> bool:

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from retention import checkpoints, gates
+from retention.checkpoints import arrays
 from retention.checkpoints import gates as gates_file
 from retention.distributed import Preemption, gather_json, global_batch, is_primary, local_rows
 from retention.model import Config
@@ -44,7 +45,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> gates.TrainedGates
     gates are returned.
 
     Raises:
-      ValueError: `workdir` holds a run with another config, its last checkpoint is damaged, or a config entry cannot be.
+      ValueError: `workdir` holds a run with another config or of another model, its last checkpoint is damaged, or a config entry cannot be.
       FileNotFoundError: no such model, data or gates file to start from.
       FloatingPointError: the loss or its gradient is no number; later steps would only spread it.
       OSError: a checkpoint or a record cannot be written; the checkpoint before is whole.
@@ -100,7 +101,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> gates.TrainedGates
         rows = stack.enter_context(contextlib.closing(pipeline.rows(mine)))
         batches = (global_batch(embeddable(local, shape), mine, target, whole) for local in rows)
         wanted = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state_shapes, placed)
-        if restored := saved.restore(wanted, config.to_dict()):
+        # The model's files may change behind config.model; its other labels and another teacher would go unnoticed.
+        entries = {**config.to_dict(), "inputs": {"weights": arrays.fingerprint(params), "tokenizer": model.tokenizer.digest()}}
+        if restored := saved.restore(wanted, entries):
             state, places = restored
             rows.set_state(places)
         else:
@@ -152,7 +155,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> gates.TrainedGates
                 pending = None
                 if board:
                     board.flush()
-                saved.save(done, state, rows.get_state(), config.to_dict())
+                saved.save(done, state, rows.get_state(), entries)
             if stop:
                 saved.wait()
                 raise Preempted(f"SIGTERM: stopped after {done} steps; start the same command again, and the run goes on from {saved.folder / str(done)}")

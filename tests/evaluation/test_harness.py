@@ -1,5 +1,6 @@
 """The evaluation harness on a tiny model: what it writes, that it goes on where it stopped, and what the numbers mean."""
 
+import copy
 import csv
 import dataclasses
 import itertools
@@ -256,6 +257,13 @@ def test_an_interrupted_run_goes_on_and_says_the_same(folder, whole, tmp_path, m
         harness.evaluate(config_of(folder, seed=1), tmp_path / "cut")
     monkeypatch.setattr(harness.text, "load", lambda source: ["Another text. " * 900])
     with pytest.raises(ValueError, match="inputs.text is '[0-9a-f]{16}' there and '[0-9a-f]{16}' here"):
+        harness.evaluate(config_of(folder), tmp_path / "cut")
+    model = harness.checkpoints.load(folder, gates=folder / "gates.safetensors")
+    other = dataclasses.replace(model, params={**model.params, "norm": -model.params["norm"]}, tokenizer=copy.copy(model.tokenizer))
+    other.tokenizer.chat_template += "!"
+    monkeypatch.setattr(harness.checkpoints, "load", lambda *_, **__: other)
+    differing = ", ".join(f"inputs.{name} is '[0-9a-f]{{16}}' there and '[0-9a-f]{{16}}' here" for name in ("weights", "tokenizer", "text"))
+    with pytest.raises(ValueError, match=differing):
         harness.evaluate(config_of(folder), tmp_path / "cut")
 
 

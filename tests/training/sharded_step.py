@@ -9,6 +9,7 @@ import optax
 from ml_collections import ConfigDict
 
 from retention import gates
+from retention.checkpoints.arrays import fingerprint
 from retention.training import sharding
 from retention.training.step import gate_input_rms, init_state, make_step
 from tests.conftest import small_config, small_model
@@ -63,7 +64,7 @@ def run(shape, gate, tied):
     state = init_state(start, GRADIENT)
     state = jax.device_put(state, sharding.state_sharding(mesh, state))
     state, measurements = jax.jit(make_step(config, gate, GRADIENT, LOSS, mesh))(state, params, arrays, jax.random.key(0))
-    return jax.tree.map(np.asarray, (measurements, state.optimizer))
+    return jax.tree.map(np.asarray, (measurements, state.optimizer)), fingerprint(params)
 
 
 def main(name):
@@ -71,7 +72,8 @@ def main(name):
     for copied in (2**25, 0):
         sharding._COPIED_GATE_BYTES = copied
         for gate, tied in ((gates.GateConfig("global", width=16, sinks=1), True), (gates.GateConfig("local", width=16), False)):
-            one, many = run({}, gate, tied), run(MESHES[name], gate, tied)
+            (one, weights), (many, split_weights) = run({}, gate, tied), run(MESHES[name], gate, tied)
+            assert split_weights == weights
             for found, wanted in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
                 assert wanted.any()
                 np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max(), err_msg=f"{name} {gate} {copied}")

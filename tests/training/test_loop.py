@@ -197,6 +197,26 @@ def test_changed_data_is_refused(monkeypatch, folder, tmp_path):
     assert (tmp_path / "run" / "data.json").read_text() == before
 
 
+@pytest.mark.parametrize("name", ["weights", "tokenizer"])
+def test_changed_model_is_refused(monkeypatch, folder, tmp_path, name):
+    """Another teacher, or other labels, under the same path."""
+    model = shutil.copytree(folder, tmp_path / "model")
+    config = make_config(model)
+    crash(monkeypatch, config, tmp_path / "run", 7)
+    if name == "weights":
+        file = next(model.glob("*.safetensors"))
+        content = bytearray(file.read_bytes())
+        content[-2] ^= 1
+        file.write_bytes(content)
+    else:
+        file = model / "tokenizer_config.json"
+        file.write_text(file.read_text().replace("<|im_start|>assistant", "<|im_start|> assistant"))
+    with pytest.raises(ValueError, match=f"checkpoints/6 is of another config: inputs.{name} is '[0-9a-f]{{16}}' there and '[0-9a-f]{{16}}' here; give a"):
+        loop.train(config, tmp_path / "run")
+    shutil.copytree(folder, model, dirs_exist_ok=True)
+    loop.train(config, tmp_path / "run")
+
+
 def test_more_tokens_than_the_model_knows_are_told(folder, tmp_path):
     config = make_config(folder, **{"data.length": 5000, "steps": 1})
     with pytest.warns(UserWarning, match="data.length 5000 is beyond the 4096 positions"), pytest.raises(ValueError, match="steps must be more than"):
@@ -443,11 +463,12 @@ def start_two(tmp_path, workdir, config):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(folder, tmp_path):
+@pytest.mark.parametrize("axis", ["data", "fsdp"])
+def test_two_processes_are_one(folder, tmp_path, axis):
     """Two processes, one of them told to stop; two go on from there to the end, and so does one."""
     changes = {"steps": 24, "checkpoint_every": 50, "gate.bias": 2.0}
     loop.train(make_config(folder, **changes), tmp_path / "whole")
-    workdir, config = tmp_path / "two", make_config(folder, **changes, **{"mesh.data": 2})
+    workdir, config = tmp_path / "two", make_config(folder, **changes, **{"mesh.data": 1, f"mesh.{axis}": 2})
     pair = start_two(tmp_path, workdir, config)
     wait_for(lambda: records(workdir) >= 3, pair[0])
     pair[1].send_signal(signal.SIGTERM)
