@@ -26,22 +26,31 @@ def correct(dataset: str, generated: str, answer: str) -> bool:
         return number is not None and number == last_number(answer)
     if dataset == "math500":
         return equivalent(boxed(generated), answer)
-    given = boxed(generated).rpartition("=")[2]  # m + n = 113
-    number = symbolic.fraction(symbolic.bare(symbolic.clean(given))) if len(given) <= symbolic.MAX_CHARS else None
+    given = boxed(generated)
+    sides = reversed(given.split("=")) if len(given) <= symbolic.MAX_CHARS else ()  # m + n = 113, 204 = 12 * 17
+    number = next((value for side in sides if (value := symbolic.fraction(symbolic.bare(symbolic.clean(side)))) is not None), None)
     return number in range(1000) and number == symbolic.fraction(answer)
 
 
 def last_number(generated: str) -> Fraction | None:
-    """The number on the line of the last "####" with one right behind it, which a heading has not; without one, that in the last \\boxed{...}; without
-    that, the last in the text. None where there is no number.
+    """The number on the line of the last "####" with one right behind it, which a heading has not, or in the last \\boxed{...}, whichever comes later;
+    without them, that behind the last "answer is" or "answer:" in its sentence; without that, the last in the text. None where there is no number.
 
-    Commas of thousands, currency signs and units are left out. Of several numbers behind "####" the first counts, of those in a box the last, but first
-    of all one alone on a side of an equals sign.
+    Commas of thousands, currency signs and units are left out. Of several numbers behind "####", and behind "answer is" where one begins, the first
+    counts, of those in a box the last, but first of all one alone on a side of an equals sign.
     """
-    for behind in reversed(generated.split("####")[1:]):
-        if found := re.match(r"(?:\\[a-z]+|[^\w#])*\d", behind):
-            return _number(found[0] + behind[found.end() :].partition("\n")[0], 0)
-    number = _number(boxed(generated), -1)
+    number, parts = None, generated.split("####")
+    for i in reversed(range(1, len(parts))):
+        # A heading may be numbered: #### 2. Money
+        if (found := re.match(r"(?:\\[a-z]+|[^\w#])*\d", parts[i])) and not re.match(r"[\s*]*\d+[.)]\s+\**[A-Za-z]", parts[i]):
+            number = _number(found[0] + parts[i][found.end() :].partition("\n")[0], 0)
+            parts = parts[i:]
+            break
+    boxes = _number(_boxed("####".join(parts)), -1)
+    if boxes is not None or number is not None:
+        return number if boxes is None else boxes
+    answer = _said(generated)
+    number = _number(answer, 0 if re.match(r"\W*\d", answer) else -1)
     return symbolic.fraction((_numbers(generated) or [""])[-1]) if number is None else number
 
 
@@ -74,6 +83,10 @@ def boxed(generated: str) -> str:
 
     Without one, what follows the last "answer is" or "answer:" in its sentence; without that, an empty string.
     """
+    return _boxed(generated) or _said(generated)
+
+
+def _boxed(generated: str) -> str:
     found, open_braces = {}, []  # the contents of boxes by where they begin; where each open brace begins, if it is a box's
     for match in re.finditer(r"\\(?:boxed|fbox)\s*(?:\{|(\d+|[A-Za-z]))|\\.|[{}]", generated, re.DOTALL):
         if match[1]:  # \boxed 5
@@ -82,9 +95,10 @@ def boxed(generated: str) -> str:
             open_braces.append(match.end() if len(match[0]) > 2 else None)
         elif match[0] == "}" and open_braces and (start := open_braces.pop()):
             found[start] = generated[start : match.start()].strip()
-    answers = [found[start] for start in sorted(found) if found[start]]
-    if answers:
-        return answers[-1]
+    return next((found[start] for start in sorted(found, reverse=True) if found[start]), "")
+
+
+def _said(generated: str) -> str:
     said = re.findall(r"(?i)\banswer(?: is|:)[:*\s]*(\S[^\n]*)", generated)
     return re.split(r"\.(?:\s|$)", said[-1].replace("*", ""))[0].strip() if said else ""
 
@@ -97,7 +111,8 @@ def equivalent(given: str, wanted: str) -> bool:
     equations of which one is a multiple of the other; and what sympy finds equal, letters standing for real numbers and i for the imaginary unit. Lists
     with commas, sets and unions are compared in any order, tuples, intervals and matrices in theirs. Decimals are exact: 0.333 is not 1/3.
 
-    A given answer may say more than the wanted one: what has the value, as a+b=5 for 5 (not 2x=6 for 6), or a choice's text behind its letter, (C) 5 for C.
+    A given answer may say more than the wanted one: what has the value, as a+b=5 for 5 (not 2x=6 for 6), a choice's text behind its letter, (C) 5 for C,
+    or a number that is nearly the value, \\sqrt2 \\approx 1.41 for \\sqrt2.
 
     An answer that cannot be parsed, or has over symbolic.MAX_CHARS characters, equals only the same string. A comparison that takes longer than
     symbolic.CPU_SECONDS, or too much memory, counts as different. Raises ImportError where sympy is needed and missing.
@@ -107,6 +122,8 @@ def equivalent(given: str, wanted: str) -> bool:
     given, wanted = symbolic.clean(given), symbolic.clean(wanted)
     if not given or not wanted:
         return False
+    if r"\approx" not in wanted:
+        given = symbolic.exact(given, wanted)
     if re.fullmatch("[A-Z]", symbolic.bare(wanted)):
         given = symbolic.choice(given)
     if symbolic.same_string(given, wanted):

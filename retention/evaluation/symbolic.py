@@ -24,12 +24,14 @@ MAX_CHARS = 1000  # of an answer that is read, and of a number
 # Cleaning: strings to strings.
 
 _END = "(?![A-Za-z])"  # of a command's name
-_BRACED = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
-TEXT = rf"\\(?:text|mbox|textbf|textit|textrm|textnormal|mathrm|mathbf|operatorname)\s*{_BRACED}"
+_BRACED = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
+TEXT = rf"\\(?:text|mbox|textbf|textit|textrm|textnormal|mathrm|mathbf|boldsymbol|operatorname)\s*{_BRACED}"
 _FUNCTION = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)|log|ln"
 _POWER = r"(?:\s*(?:\^\s*\{?\s*-?\d\s*\}?|[²³]|squared|cubed))?"
 _SUBSTITUTES = [
-    (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits){_END}", ""),
+    (r"\\\\\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|[cm]m|in)\s*\]", r"\\\\ "),  # the space between rows
+    (rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits){_END}", ""),
+    (rf"\\([lr])brace{_END}", lambda match: r"\{" if match[1] == "l" else r"\}"),
     (r",(?:\\!\s*)+|\{,\}", ","),  # a comma of thousands
     (rf"(?<!\\)\\[!,;:> $%()\[\]]|~|[$%€£]|\\q?quad{_END}", " "),
     (rf"\\(?:mathrm|operatorname)\s*\{{\s*([ied]|{_FUNCTION})\s*\}}", r" \1 "),
@@ -54,7 +56,8 @@ _SUBSTITUTES = [
     (r"∞", r"\\infty "),
     (r"√", r"\\sqrt "),
     (r"π", r"\\pi "),
-    (r"∪", r"\\cup "),
+    (rf"∪|\\bigcup{_END}", r"\\cup "),
+    (r"≈", r"\\approx "),
     (r"±", r"\\pm "),
     (rf"(?<![\\A-Za-z])(sqrt|pi|infty|{_FUNCTION}){_END}", r"\\\1 "),
     (r"\\text\s*\{\s*,?\s*(?:or|and)\s*\}|(?<=[\s\d})\],])(?:or|and)(?=\s)", ","),
@@ -63,7 +66,9 @@ _SUBSTITUTES = [
     (r"[\s.,;:]+$", ""),
 ]
 # Words behind a number are its unit, but not those that change it (5 million, 3 or more, 9 a.m.), nor a letter that is no unit (2\text{i}).
-_NO_UNIT = r"(?!(?i:or|and|more|less|to|mod\w*|base|half|dozens?|(?:hundred|thousand|[bmtr]+illion)s?|[ap]m)\b|[a-z](?<![ghlms])\b)"
+_CHANGES = r"or|and|more|less|to|times|mod\w*|base|negative|squared|cubed|factorial|[ap]m|alpha|beta|gamma|delta|theta|lambda|phi|omega"
+_CHANGES += r"|half|halves|(?:third|fourth|fifth|sixth|eighth|tenth)s?|dozens?|(?:(?:hundred|thousand)(?:th)?|[bmtr]+illion)s?"
+_NO_UNIT = rf"(?!(?i:{_CHANGES})\b|[a-z](?<![ghlms])\b)"
 _IN_TEXT = rf"\\(?:text|mbox|textrm|textnormal|mathrm)\s*\{{\s*/?\s*{_NO_UNIT}[A-Za-z][^{{}},\d]*?{_POWER}\s*\}}{_POWER}"
 _SHORT_UNIT = "[ckm]m|[km]g|m[lL]|ft|[km]ph|sq|cu|per|day|way|cup|ton|degrees?|percent"  # outside of \text{} other short words are products of letters
 _IN_LINE = rf"(?:\s*(?:{_SHORT_UNIT}){_END}|\s+{_NO_UNIT}[A-Za-z]{{4,}})(?:[\s./]+[A-Za-z]+)*\.?{_POWER}"
@@ -76,10 +81,13 @@ _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\d+(?:\.\d+)?|\.\d+|\S", re.DOTALL)
 
 
 def clean(text: str) -> str:
-    """`text` without dollar and percent signs, spaces of LaTeX, \\left and \\right, degrees; signs with several spellings brought to one."""
+    """`text` without dollar and percent signs, spaces of LaTeX, \\left and \\right, degrees, braces around it; signs with several spellings brought to one."""
     for pattern, new in _SUBSTITUTES:
         text = re.sub(pattern, new, text)
-    return _REPEATING.sub(_repeating, text).strip()
+    text = _REPEATING.sub(_repeating, text).strip()
+    while (inside := _brackets(text))[0] == "{}":
+        text = inside[1].strip()
+    return text
 
 
 def _repeating(match: re.Match) -> str:
@@ -99,6 +107,12 @@ def choice(text: str) -> str:
     """The letter of a clean text that is a choice with its letter, as in (C) 5 or C. 5; any other text as it is."""
     found = _CHOICE.fullmatch(re.sub(TEXT, r"\1 ", text))
     return found[1] or found[2] if found else text
+
+
+def exact(text: str, wanted: str) -> str:
+    """What a clean text says before an approximation that it adds, as in \\sqrt2 \\approx 1.41, but not x of x \\approx 1.41, unless that is wanted."""
+    before = _pieces(text, r"\approx")[0]
+    return before if before and (not _is_name(before) or same_string(before, wanted)) else text
 
 
 def thousands(text: str) -> str:

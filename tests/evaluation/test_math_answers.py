@@ -115,6 +115,16 @@ SAME = [
     (r"x<-2 \text{ or } x>2", r"(-\infty,-2)\cup(2,\infty)"),
     (r"0<x<1 \cup x>2", r"(2,\infty)\cup(0,1)"),
     (r"x > 2 \text{ or } x<-2", r"x < -2 \text{ or } x > 2"),
+    (r"\begin{pmatrix} \frac{1}{5} \\[4pt] -\frac{18}{5} \end{pmatrix}", r"\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}"),
+    ("{58,500}", "58500"),
+    ("{(3,4]}", "(3,4]"),
+    (r"\displaystyle{\frac12}", "0.5"),
+    (r"{{\text{east}}}", "east"),
+    ("{1,-2}", "-2,1"),
+    (r"\mathbf{\frac{3\sqrt{3}}{4}}", r"\frac{3}{4}\sqrt3"),
+    (r"\boldsymbol{5}", "5"),
+    (r"\left\lbrace 1, 2 \right\rbrace", r"\{2,1\}"),
+    ("5 cm squared", "5"),
 ]
 # A given answer may say more than the wanted one, not less.
 MORE = [
@@ -144,6 +154,9 @@ MORE = [
     (r"x^2+1 = 2^2+1 = 5", "5"),
     ("34_5 = 19", "19"),
     ("2-2=0", "0"),
+    (r"5\sqrt{2} \approx 7.07", r"\sqrt{50}"),
+    (r"x = \frac{243}{625} ≈ 0.389", r"\frac{243}{625}"),
+    (r"\pi \approx 3.14", r"\pi"),
 ]
 DIFFERENT = [
     ("", "5"),
@@ -225,6 +238,14 @@ DIFFERENT = [
     ("2^x=8", "8"),
     (r"x<-2 \text{ or } x>2", r"(-\infty,-2]\cup(2,\infty)"),
     ("(1,2),(3,4)", r"(1,2)\cup(3,4)"),
+    ("3 halves", "3"),
+    ("5 squared", "5"),
+    (r"5\text{ factorial}", "5"),
+    (r"2\text{ negative}", "2"),
+    ("2 theta", "2"),
+    ("{1}{2}", "12"),
+    (r"5\sqrt{2} \approx 7.07", "7.07"),
+    (r"x \approx 7.07", r"\pi"),
 ]
 
 
@@ -348,6 +369,14 @@ def test_boxed(generated, expected):
         ("####7\n#### ", "7"),
         (r"#### $\boxed{12}$ of 30", "12"),
         (r"so \boxed{18} eggs in 3 days", "18"),
+        ("#### 1. Eggs left\n16 - 7 = 9\n\n#### 2. Money\n9 * 2 = 18\n\nThe answer is \\boxed{18}.", "18"),
+        ("#### 1. Eggs left\n16 - 7 = 9\n\n#### **2) Money**\n9 * 2 = **18**", "18"),
+        ("#### 9 eggs\n#### Money\n9 * 2 = 18, so \\boxed{18}", "18"),
+        ("#### 18\nwhich is \\boxed{\\text{right}}", "18"),
+        ("#### 2.5", "2.5"),
+        ("The answer is 18. He sold 9.", "18"),
+        ("The answer is $18 for 9 eggs.", "18"),
+        ("The answer is, for 9 eggs, $18.", "18"),
         ("He pays $1,000,000 a year.", "1000000"),
         ("16-3 is left", "3"),
         ("minus: -3.", "-3"),
@@ -374,6 +403,10 @@ def test_last_number(generated, expected):
         ("math500", r"The answer is \(5\).", "5", True),
         ("aime24", r"\boxed{\(73\)}", "73", True),
         ("aime24", r"\boxed{7 3}", "73", False),
+        ("aime24", r"\boxed{{204}}", "204", True),
+        ("aime24", r"\boxed{204 = 12 \cdot 17}", "204", True),
+        ("aime24", r"\boxed{204 = 12 \cdot 17}", "17", False),
+        ("aime24", r"\boxed{204 = 205}", "204", False),
         ("aime25", r"\boxed{113.5}", "113", False),
         ("aime25", r"\boxed{1113}", "1113", False),
         ("aime25", "113", "113", False),
