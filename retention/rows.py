@@ -356,7 +356,9 @@ class Rows:
                     if not self.evicts:
                         self._room(expected + 1)
                 self.settled = False
-                due = ~ended & (self.buffered + self.piece > self.limit)
+                # A sequence that has ended is still written behind its last entry: over it, were there no room.
+                full = self.buffered == self.cache.buffer_position.shape[1]
+                due = (~ended | full) & (self.buffered + self.piece > self.limit)
                 self.cache, self.logits, done, tokens = programs.decode(
                     self.plan, self.model.params, self.gates, self.cache, self.logits, done, due, keys, steps, float(temperature), float(top_p), stop,
                     piece=self.piece, evicts=self.evicts,

@@ -208,6 +208,27 @@ def test_a_batch_equals_its_rows_alone(small, scope, budget):
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("policy", ["retention", "h2o"])
+def test_a_sequence_that_ends_as_its_buffer_is_full_stays_as_it_is(small, policy):
+    """While another goes on, whose steps are written behind its last entry too."""
+    prompts, seed = random_prompts([40, 40]), 2
+    run, alone = rows(small, 2, 12, policy), rows(small, 1, 12, policy)
+    run.append(prompts)
+    alone.append(prompts[:1])
+    stop = run.fork().decode_all(16, 1.0, 1.0, seed, stop=())[0][15]
+    lengths = [len(tokens) for tokens in run.decode_all(60, 1.0, 1.0, seed, stop=[stop])]
+    assert lengths[0] == run.width == 16 and lengths[1] > 17, "the row should end with its buffer, and before the other: take another seed"
+    alone.decode_all(60, 1.0, 1.0, seed, stop=[stop])
+    more = random_prompts([9, 5], seed=1)
+    for turn in ([[], []], more):
+        run.append(turn)
+        alone.append(turn[:1])
+        seen, live = 56 + len(turn[0]), alone.stats(0).kept_entries
+        assert run.stats(0) == alone.stats(0) and seen == alone.stats(0).seen_tokens
+        np.testing.assert_array_equal(run.cache.position[0, :live], alone.cache.position[0, :live])
+        np.testing.assert_allclose(run.cache.stat[0, :live], alone.cache.stat[0, :live], rtol=1e-4)
+
+
 def test_positions_go_on_from_the_tokens_seen(small):
     """The field's most repeated bug: after eviction the next position is what was seen, not what is kept."""
     run = rows(small, 1, 12)
