@@ -51,18 +51,23 @@ class Reading:
         stats = self.full.append(prompts)
         width = self.full.cache.buffer_position.shape[1]
         self.stats = {name: jnp.pad(stat, [(0, 0)] * 3 + [(0, width - stat.shape[3])]) for name, stat in zip(beside, stats, strict=True)}
-        self.read: dict[str, Rows | None] = dict.fromkeys(names)
+        self.names = tuple(names)
+        self.read: dict[tuple, Rows] = {}  # by policy and, where it reads twice, sinks
 
-    def read_for(self, policy: str) -> Rows:
-        """The full cache with what this policy stores with each entry. KVzip reads the prompts once more for it, the first time that it is asked for.
+    def read_for(self, policy: str, sinks: int | None = None) -> Rows:
+        """The full cache with what this policy stores with each entry. KVzip reads the prompts once more for it, the first time that it is asked for, and
+        looks at the first `sinks` tokens too; None: as many as its own.
 
         Raises ValueError for a policy that was not named.
         """
-        if policy not in self.read:
-            raise ValueError(f"these prompts were read for {', '.join(self.read)}, not for {policy}; name it to Reading")
-        if self.read[policy] is None:
-            named, rows = policies.get(policy), copy.copy(self.full)
-            rows._follow(named, "global", named.sinks or 0, 0)
+        if policy not in self.names:
+            raise ValueError(f"these prompts were read for {', '.join(self.names)}, not for {policy}; name it to Reading")
+        named = policies.get(policy)
+        sinks = (named.sinks or 0) if sinks is None else sinks
+        key = (policy, sinks if named.reread else None)
+        if key not in self.read:
+            rows = copy.copy(self.full)
+            rows._follow(named, "global", sinks, 0)
             stat = self.stats[stat_of(named)]
             rows.cache = rows.cache._replace(
                 buffer_stat=stat + rows.cache.buffer_stat if named.attended else stat,
@@ -70,14 +75,14 @@ class Reading:
             )
             if named.reread:
                 rows._reread(self.prompts)
-            self.read[policy] = rows
-        return self.read[policy]
+            self.read[key] = rows
+        return self.read[key]
 
     def compress(
         self, budget: int | float, policy: str, scope: str | None = None, sinks: int | None = None, window: int | None = None, prefill_chunk: int = 256
     ) -> Rows:
         """What one-shot prefill under this policy would have left. Arguments as in `generate`. Raises ValueError as `read_for`."""
-        full, rows = self.read_for(policy), Rows(self.full.model, self.full.batch, budget, policy, scope, prefill_chunk, sinks, window)
+        full, rows = self.read_for(policy, sinks), Rows(self.full.model, self.full.batch, budget, policy, scope, prefill_chunk, sinks, window)
         if not rows.evicts:
             return full.fork()
         rows._open([int(seen) for seen in full.cache.seen])

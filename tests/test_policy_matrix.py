@@ -134,6 +134,16 @@ def test_one_reading_serves_all_as_one_shot_prefill(small, reading, name):
     assert [kept(compressed, row) for row in (0, 1)] == [kept(once, row) for row in (0, 1)]
 
 
+@pytest.mark.parametrize("sinks", [0, 7])
+def test_a_second_reading_looks_at_the_sinks_that_are_asked_for(small, sinks):
+    """Of KVzip, part by part: the parts after the first look at the sinks too."""
+    name, prompts = "kvzip:chunk=30", random_prompts([90], seed=3)
+    once = Rows(small, 1, 0.25, name, None, None, sinks=sinks)
+    once.append(prompts)
+    compressed = Reading(small, (name,), prompts).compress(0.25, name, sinks=sinks)
+    assert kept(compressed, 0) == kept(once, 0)
+
+
 def test_what_retention_does_not_need_is_not_there(small):
     """Nor computed: its programs hold no more than those of a policy that only knows positions, but for the gates."""
     run = run_of(small, 1, "retention")

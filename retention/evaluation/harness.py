@@ -156,7 +156,7 @@ class Reader:
             seconds = settled(reading.full, start)
         for policy, own in shared.items():
             start = time.time()
-            again = settled(reading.read_for(policy), start)
+            again = settled(reading.read_for(policy, config.sinks), start)
             for cell in own:
                 start = time.time()
                 rows = reading.compress(cell.budget, policy, cell.scope, config.sinks, config.window, config.prefill_chunk)
