@@ -86,11 +86,11 @@ class _Tensor:
 
 
 def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    index = folder / "model.safetensors.index.json"
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():  # as transformers: an index beside it is an older one's
+        return [whole]
     if not index.is_file():
-        if not (folder / "model.safetensors").is_file():
-            raise FileNotFoundError(f"there is no model.safetensors and no {index.name} in {folder}: only safetensors are supported")
-        return [folder / "model.safetensors"]
+        raise FileNotFoundError(f"there is no {whole.name} and no {index.name} in {folder}: only safetensors are supported")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index} has no weight_map from tensors to files")
@@ -102,7 +102,7 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _header(file: pathlib.Path) -> dict[str, _Tensor]:
-    """Where each tensor of a safetensors file lies. (The safetensors package gives numpy no bfloat16, hence the few lines here.)
+    """Where each tensor of a safetensors file lies. (The safetensors package would copy it; a mapped file takes no memory beside the parameters.)
 
     The format: 8 bytes, little-endian, with the length of a JSON header, the header, then the tensors at offsets counted from its end.
     """
@@ -159,8 +159,9 @@ def _config(entries: dict[str, Any], path: pathlib.Path) -> Config:
         # Qwen2's biases of q, k and v are part of the model, not an option: attention_bias means one on o too.
         if entries.get(key):
             refuse(key)
-    if "sliding_attention" in (entries.get("layer_types") or ()):
-        refuse("sliding_attention layers")
+    kinds = value("layer_types", [])
+    if other := [kind for kind in (kinds if isinstance(kinds, list) else [kinds]) if kind != "full_attention"]:
+        refuse(f"layers of type {other[0]!r}")
     if value("hidden_act", "silu") != "silu":
         refuse(f"hidden_act {entries['hidden_act']!r}")
     max_positions = whole("max_position_embeddings")
@@ -169,7 +170,8 @@ def _config(entries: dict[str, Any], path: pathlib.Path) -> Config:
         refuse("a partial_rotary_factor")
     theta, scaling, given = positive("rope_theta", 10_000.0), None, [key for key in ("rope_parameters", "rope_scaling") if entries.get(key)]
     for key in given:
-        before, (theta, scaling) = (theta, scaling), _rope(key, entries[key], theta, max_positions, path)
+        original = entries.get("original_max_position_embeddings")
+        before, (theta, scaling) = (theta, scaling), _rope(key, entries[key], theta, original, max_positions, path)
     if len(given) > 1 and before != (theta, scaling):
         raise ValueError(f"{path} has a rope_scaling that differs from its rope_parameters, which hold the scaling too: take one of the two out")
     if scaling and scaling.kind == "yarn":
@@ -194,8 +196,9 @@ def _config(entries: dict[str, Any], path: pathlib.Path) -> Config:
     )
 
 
-def _rope(entry: str, rope: Any, theta: float, max_positions: int, path: pathlib.Path) -> tuple[float, RopeScaling | None]:
-    """RoPE's theta, `theta` where `rope` has none, and the scaling that this entry of config.json asks for."""
+def _rope(entry: str, rope: Any, theta: float, original: int | None, max_positions: int, path: pathlib.Path) -> tuple[float, RopeScaling | None]:
+    """RoPE's theta, `theta` where `rope` has none, and the scaling that this entry of config.json asks for. original: the positions before scaling that
+    config.json names outside of the entry, which go before its own; without any they are max_positions."""
     if not isinstance(rope, dict):
         raise ValueError(f'{path} has {entry} = {rope!r}, which must be an object such as {{"rope_type": "linear", "factor": 2.0}}')
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -208,20 +211,21 @@ def _rope(entry: str, rope: Any, theta: float, max_positions: int, path: pathlib
         "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
         "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow"),
     }
-    if kind not in fields:
+    if not isinstance(kind, str) or kind not in fields:
         raise NotImplementedError(f"{path} uses rope scaling of type {kind!r}; supported are {', '.join(fields)}")
     given = {key: value for key, value in rope.items() if key not in taken and value is not None}
     for key in given:
         if key not in fields[kind]:
             raise NotImplementedError(f"{path} sets {key!r} for rope scaling of type {kind!r}, which is not supported")
-    theta, original = rope.get("rope_theta", theta), rope.get("original_max_position_embeddings") or max_positions
+    theta, original = rope.get("rope_theta", theta), original or rope.get("original_max_position_embeddings") or max_positions
     for key, value in {**given, "rope_theta": theta, "original_max_position_embeddings": original}.items():
         if not is_positive(value):
             raise ValueError(f"{path} has {key} = {value!r} in its {entry}, which must be a number above 0")
     if kind == "default":
         return float(theta), None
-    if "factor" not in given:
-        raise ValueError(f"{path} gives no factor for its rope scaling of type {kind!r}")
+    for key in fields[kind][: 3 if kind == "llama3" else 1]:
+        if key not in given:
+            raise ValueError(f"{path} gives no {key} for its rope scaling of type {kind!r}")
     return float(theta), RopeScaling(kind=kind, original_max_positions=original, **given)
 
 

@@ -3,6 +3,7 @@
 import copy
 import datetime
 import functools
+import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,8 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
@@ -86,7 +89,7 @@ class Tokenizer:
 
         Raises:
           NotImplementedError: another kind of model than "gpt2" (byte-level BPE), or a pre-tokenizer that is not one of PRE_TOKENIZERS.
-          ValueError: a key is missing.
+          ValueError: a key is missing, or at odds with another.
         """
 
         def value(key: str) -> Any:
@@ -99,31 +102,37 @@ class Tokenizer:
         pre = value("pre")
         if pre not in PRE_TOKENIZERS:
             raise NotImplementedError(f"GGUF pre-tokenizer {pre!r} is not supported; {', '.join(PRE_TOKENIZERS)} are")
-        tokens = value("tokens")
-        merges = [tuple(merge.split(" ", 1)) for merge in value("merges")]
+        tokens, kinds = value("tokens"), value("token_type")
+        if len(kinds) != len(tokens):
+            raise ValueError(f"the GGUF metadata has {len(tokens)} tokenizer.ggml.tokens and {len(kinds)} of tokenizer.ggml.token_type, which go in pairs")
+        ids = {key: metadata[f"tokenizer.ggml.{key}"] for key in ("bos_token_id", "eos_token_id", "eot_token_id") if f"tokenizer.ggml.{key}" in metadata}
+        for key, token_id in ids.items():
+            if not 0 <= token_id < len(tokens):
+                raise ValueError(f"the GGUF metadata has tokenizer.ggml.{key} = {token_id}, which is none of its {len(tokens)} tokens")
         vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
-        # Llama 3 takes a word that is a token as it stands, even where its merges do not lead there.
-        tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
+        try:
+            merges = [tuple(merge.split(" ", 1)) for merge in value("merges")]
+            # Llama 3 takes a word that is a token as it stands, even where its merges do not lead there.
+            model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
+        except Exception as error:  # the package raises nothing narrower
+            raise ValueError(f"the GGUF metadata's tokenizer.ggml.merges are not those of its tokens ({error})") from error
+        tokenizer = tokenizers.Tokenizer(model)
         if pre == "qwen2":
             tokenizer.normalizer = normalizers.NFC()
         tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
         tokenizer.decoder = decoders.ByteLevel()
-        for token, kind in zip(tokens, value("token_type"), strict=True):
-            if kind == CONTROL:
+        eos_ids = [ids[key] for key in ("eos_token_id", "eot_token_id") if key in ids]
+        for token_id, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
+            if kind == CONTROL or token_id in eos_ids:  # some files have what ends a turn among the ordinary ones
                 tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False)])
             elif kind == USER_DEFINED:
                 tokenizer.add_tokens([tokenizers.AddedToken(token, normalized=False)])
 
-        def token_of(key: str) -> str:
-            token_id = metadata.get(f"tokenizer.ggml.{key}")
-            return "" if token_id is None else tokens[token_id]
-
-        bos_token = token_of("bos_token_id")
+        bos_token, eos_token = (tokens[ids[key]] if key in ids else "" for key in ("bos_token_id", "eos_token_id"))
         # Llama 3 files may leave the flag out; their models were trained with the token.
         if bos_token and metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
             tokenizer.post_processor = _begin_with(bos_token, vocabulary[bos_token])
-        eos_ids = [metadata[f"tokenizer.ggml.{key}"] for key in ("eos_token_id", "eot_token_id") if f"tokenizer.ggml.{key}" in metadata]
-        return cls(tokenizer, eos_ids, bos_token, token_of("eos_token_id"), metadata.get("tokenizer.chat_template"))
+        return cls(tokenizer, eos_ids, bos_token, eos_token, metadata.get("tokenizer.chat_template"))
 
     @classmethod
     def from_folder(cls, path: str | pathlib.Path) -> "Tokenizer":
@@ -153,7 +162,20 @@ class Tokenizer:
 
         def token(key: str) -> str:
             entry = config.get(key) or ""
-            return entry["content"] if isinstance(entry, dict) else entry
+            name = entry.get("content") if isinstance(entry, dict) else entry
+            if not isinstance(name, str):
+                raise ValueError(f"{folder}/tokenizer_config.json has {key} = {entry!r}, which must be a token's name")
+            return name
+
+        # The names of tokens that are in the vocabulary, and which tokenizer.json does not say are taken whole, as transformers takes them.
+        listed = config.get("added_tokens_decoder") or {}
+        for name in filter(None, [token("eos_token"), *(entry["content"] for entry in listed.values())]):
+            if tokenizer.token_to_id(name) is None:
+                raise NotImplementedError(f"{folder}/tokenizer_config.json has a token {name!r} that tokenizer.json lacks, which is not supported")
+        whole = {entry.content for entry in tokenizer.get_added_tokens_decoder().values()}
+        tokenizer.add_tokens([tokenizers.AddedToken(**entry) for entry in listed.values() if entry["content"] not in whole])
+        if token("eos_token") and token("eos_token") not in whole:
+            tokenizer.add_special_tokens([tokenizers.AddedToken(token("eos_token"), normalized=False)])
 
         # What tokenizer.json adds stays; some files leave the token that begins a text to this flag alone (DeepSeek-R1's distilled models).
         if config.get("add_bos_token"):
@@ -220,14 +242,14 @@ class Tokenizer:
         today = self.date or datetime.datetime.now()
         variables = {"messages": messages, "add_generation_prompt": add_generation_prompt, "strftime_now": today.strftime, **self._special}
         try:
-            return _template(self.chat_template).render(variables)
-        except jinja2.TemplateError as error:
+            return _template(self.chat_template).render(tools=None, documents=None, **variables)
+        except Exception as error:  # a template is code, and may add a text to a number
             raise ValueError(f"the model's chat template does not take these messages: {error}") from error
 
     def turn(self) -> tuple[str, str]:
         """What `chat` puts before a conversation's first user message, and what between it and the answer. Raises ValueError as `chat`."""
         message = "context"
-        opening, closing = self.chat([{"role": "user", "content": message}]).rsplit(message, 1)
+        opening, closing = _around(self.chat([{"role": "user", "content": message}]), message)
         return opening, closing
 
     def between(self) -> tuple[str, str, str]:
@@ -237,8 +259,8 @@ class Tokenizer:
         """
         roles, said = ("user", "assistant", "user"), ("question", "answer", "context")
         text = self.chat([{"role": role, "content": content} for role, content in zip(roles, said, strict=True)])
-        before, between = text.rsplit(said[2], 1)[0].rsplit(said[1], 1)
-        asked = before.rsplit(said[0], 1)[1]
+        before, between = _around(_around(text, said[2])[0], said[1])
+        asked = _around(before, said[0])[1]
         names = [self._tokenizer.id_to_token(token_id) for token_id in self.eos_ids]
         ends = [between.index(name) + len(name) for name in names if name and name in between]
         if not ends:
@@ -270,6 +292,14 @@ class Tokenizer:
         while self._special_names and (shorter := self._special_names.sub("", text)) != text:
             text = shorter  # a name around another is a name once that is gone
         return text
+
+
+def _around(text: str, message: str) -> list[str]:
+    """What a chat template wrote before a message and after it. Raises ValueError where it is not there."""
+    parts = text.rsplit(message, 1)
+    if len(parts) < 2:
+        raise ValueError(f"the model's chat template does not write a message as it is: of {message!r} it makes {text!r}; use plain text (chat=False)")
+    return parts
 
 
 def _begin_with(token: str, token_id: int) -> processors.PostProcessor:
@@ -311,9 +341,26 @@ class StreamDecoder:
 @functools.lru_cache(maxsize=8)
 def _template(source: str) -> jinja2.Template:
     """Templates come with the weights, from anywhere: they run in the sandbox."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+    extensions = [jinja2.ext.loopcontrols, _Generation]
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.globals |= {"raise_exception": _raise_exception}
+    environment.filters["tojson"] = _tojson
     return environment.from_string(source)
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %}...{% endgeneration %}, by which templates mark what an assistant says: it is written as it stands."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
+    """As transformers has it: jinja's own is for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:

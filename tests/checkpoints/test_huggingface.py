@@ -140,6 +140,11 @@ def test_shards(tmp_path):
     shard(tmp_path, tensors)
     assert_same(load(tmp_path, "float32")[1], expected(tensors))
 
+    whole = {name: 2 * tensor for name, tensor in tensors.items()}
+    safetensors.numpy.save_file(whole, tmp_path / "model.safetensors")
+    assert_same(load(tmp_path, "float32")[1], expected(whole))  # and not an older index's
+    (tmp_path / "model.safetensors").unlink()
+
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model-00002-of-00003.safetensors, named by model.safetensors.index.json, is missing"):
         load(tmp_path, "float32")
@@ -210,6 +215,13 @@ def test_rope_scaling_of_transformers_4_and_5(tmp_path, kind, rope, wanted, max_
         assert (found.rope_theta, found.rope_scaling, found.max_positions) == (5000.0, wanted, max_positions)
 
 
+def test_positions_before_scaling_that_stand_outside_of_it(tmp_path):
+    """They go first, as in transformers."""
+    for rope in ({"factor": 2.0}, {"factor": 2.0, "original_max_position_embeddings": 100}):
+        config = entries() | {"original_max_position_embeddings": 64, "rope_scaling": {"type": "yarn"} | rope}
+        assert load(write(tmp_path, config, weights()))[0].rope_scaling == RopeScaling("yarn", 2.0, 64)
+
+
 def test_rope_scaling_beside_rope_parameters(tmp_path):
     """Nothing is ignored: the two may stand together if they say the same."""
     yarn, parameters = {"type": "yarn"} | YARN, {"rope_theta": 7000.0, "rope_type": "yarn"} | YARN
@@ -261,7 +273,9 @@ def test_heads_that_do_not_fit(tmp_path, change, message):
         ({"attention_bias": True}, NotImplementedError, "attention_bias"),
         ({"mlp_bias": True}, NotImplementedError, "mlp_bias"),
         ({"use_sliding_window": True}, NotImplementedError, "use_sliding_window"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, NotImplementedError, "sliding_attention"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, NotImplementedError, "layers of type 'sliding_attention'"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, NotImplementedError, "layers of type 'chunked_attention'"),
+        ({"layer_types": 3}, NotImplementedError, "layers of type 3"),
         ({"hidden_act": "gelu"}, NotImplementedError, "hidden_act 'gelu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, NotImplementedError, "quantization_config"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, NotImplementedError, "partial_rotary_factor"),
@@ -269,6 +283,9 @@ def test_heads_that_do_not_fit(tmp_path, change, message):
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, NotImplementedError, "'longrope'"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7}}, NotImplementedError, "'mscale'"),
         ({"rope_scaling": {"type": "linear"}}, ValueError, "no factor"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}}, ValueError, "no low_freq_factor"),
+        ({"rope_scaling": {"type": ["yarn"], "factor": 8.0}}, NotImplementedError, r"\['yarn'\]"),
+        ({"original_max_position_embeddings": "64", "rope_scaling": {"type": "yarn", "factor": 2.0}}, ValueError, "original_max_position_embeddings = '64'"),
         ({"hidden_size": None}, ValueError, "has no hidden_size"),
         ({"partial_rotary_factor": 0.5}, NotImplementedError, "partial_rotary_factor"),
         ({"rope_scaling": {"factor": 2.0}}, NotImplementedError, "'factor' for rope scaling of type 'default'"),

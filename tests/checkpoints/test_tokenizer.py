@@ -49,11 +49,12 @@ def metadata(pre="smollm", **changes):
 SMALL = Tokenizer.from_gguf(metadata())
 
 
-def test_what_ends_a_turn_is_special_wherever_a_file_has_it():
+@pytest.mark.parametrize("kind", [4, 1])
+def test_what_ends_a_turn_is_special_wherever_a_file_has_it(kind):
     facts = metadata()
     end = facts["tokenizer.ggml.tokens"].index("<|im_end|>")
     assert facts["tokenizer.ggml.eos_token_id"] == end
-    facts["tokenizer.ggml.token_type"][end] = 4
+    facts["tokenizer.ggml.token_type"][end] = kind
     tokenizer = Tokenizer.from_gguf(facts)
     assert tokenizer.eos_ids[0] == end and tokenizer.decode(SMALL.encode("hi<|im_end|>")) == "hi"
     assert tokenizer.plain("a<|im_end|>b") == "ab" and end not in tokenizer.encode("a<|im_end|>b", special=False)
@@ -180,7 +181,14 @@ def test_chat_template_functions_and_sandbox():
     assert re.fullmatch(r"\d{4}", with_template("{{ strftime_now('%Y') }}").chat(MESSAGES))
     assert with_template("{{ bos_token }}{{ eos_token }}").chat(MESSAGES) == "<|im_start|><|im_end|>"
     assert with_template("{% for m in messages %}{{ m.role }}{% break %}{% endfor %}").chat(MESSAGES) == "system"
-    for template in ("{{ messages.append(1) }}", "{{ ''.__class__.__mro__ }}", "{% if %}", "{{ messages[0].content + nothing.at.all }}"):
+    assert with_template("{% if tools is not none or documents is not none %}Tools!{% endif %}").chat(MESSAGES) == ""
+    marked = with_template("{% set n = 1 %}{% generation %}{{ messages[0].content }}{% set n = 2 %}{% endgeneration %}{{ n }}")
+    assert marked.chat(MESSAGES) == "Be brief.2"
+    quoted = [{"role": "user", "content": "Hé <b> it's\n"}]
+    assert with_template("{{ messages[0].content | tojson }}").chat(quoted) == '"Hé <b> it\'s\\n"'
+    assert with_template("{{ {'b': 1, 'a': [2]} | tojson(indent=1, sort_keys=true) }}").chat(MESSAGES) == '{\n "a": [\n  2\n ],\n "b": 1\n}'
+    bad = ("{{ messages.append(1) }}", "{{ ''.__class__.__mro__ }}", "{% if %}", "{{ messages[0].content + nothing.at.all }}", "{{ messages[0].content + 3 }}")
+    for template in bad:
         with pytest.raises(ValueError, match="chat template"):
             with_template(template).chat(MESSAGES)
 
@@ -197,6 +205,15 @@ def test_chat_refused():
         Tokenizer.from_gguf(without).chat(MESSAGES)
 
 
+def test_a_template_that_says_something_else_is_refused():
+    for template in ("{{ messages[0].content | upper }}", "{{ messages[0].role }}"):
+        with pytest.raises(ValueError, match="does not write a message as it is: of 'context' it makes"):
+            with_template(template).turn()
+    first = with_template("{% for m in messages %}{{ m.content if loop.last else m.content | upper }}{% endfor %}")
+    with pytest.raises(ValueError, match="does not write a message as it is: of 'answer' it makes 'QUESTIONANSWER'"):
+        first.between()
+
+
 def test_gguf_refused():
     with pytest.raises(NotImplementedError, match="'llama' is not supported; gpt2"):
         Tokenizer.from_gguf(metadata(model="llama"))
@@ -207,6 +224,15 @@ def test_gguf_refused():
         del partial[f"tokenizer.ggml.{key}"]
         with pytest.raises(ValueError, match=f"no tokenizer.ggml.{key}"):
             Tokenizer.from_gguf(partial)
+    for key in ("bos_token_id", "eos_token_id", "eot_token_id"):
+        for token_id in (-1, 10**6):
+            with pytest.raises(ValueError, match=f"has tokenizer.ggml.{key} = {token_id}, which is none of its"):
+                Tokenizer.from_gguf(metadata(**{key: token_id}))
+    with pytest.raises(ValueError, match=f"has {SMALL.vocab_size} tokenizer.ggml.tokens and 2 of tokenizer.ggml.token_type"):
+        Tokenizer.from_gguf(metadata(token_type=[1, 1]))
+    for merges in (["ab"], ["日 本"], [3]):
+        with pytest.raises(ValueError, match="tokenizer.ggml.merges are not those of its tokens"):
+            Tokenizer.from_gguf(metadata(merges=merges))
 
 
 @pytest.fixture
@@ -229,6 +255,23 @@ def test_folder(folder):
     for text in [*TEXTS, SMALL.chat(MESSAGES)]:
         assert tokenizer.encode(text) == SMALL.encode(text)
         assert tokenizer.decode(tokenizer.encode(text)) == SMALL.decode(SMALL.encode(text))
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_folder_whose_special_tokens_are_named_beside_it(folder, listed):
+    """In the vocabulary of tokenizer.json, and only tokenizer_config.json says that they are taken whole."""
+    bare = json.loads((folder / "tokenizer.json").read_text())
+    bare["added_tokens"] = [token for token in bare["added_tokens"] if token["content"] not in ("<|im_start|>", "<|im_end|>")]
+    (folder / "tokenizer.json").write_text(json.dumps(bare))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    if listed:
+        entry = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+        config["added_tokens_decoder"] = {"1": {"content": "<|im_start|>", **entry}, "2": {"content": "<|im_end|>", **entry}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.encode("hi<|im_end|>") == SMALL.encode("hi<|im_end|>") and tokenizer.decode(SMALL.encode("hi<|im_end|>")) == "hi"
+    assert (tokenizer.encode("<|im_start|>hi") == SMALL.encode("<|im_start|>hi")) == listed == (tokenizer.plain("<|im_start|>a") == "a")
+    assert tokenizer.vocab_size == SMALL.vocab_size and tokenizer.plain("a<|im_end|>") == "a"
 
 
 def test_folder_without_tokenizer_config(folder):
@@ -284,6 +327,15 @@ def test_folder_whose_beginning_cannot_be_added(folder):
 def test_folder_refused(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="no tokenizer.json in .*absent"):
         Tokenizer.from_folder(tmp_path / "absent")
+    for config, error, message in (
+        ({"eos_token": ["<|im_end|>"]}, ValueError, "has eos_token = .*, which must be a token's name"),
+        ({"eos_token": "</s>"}, NotImplementedError, "has a token '</s>' that tokenizer.json lacks"),
+        ({"added_tokens_decoder": {"9": {"content": "<|tool|>", "special": True}}}, NotImplementedError, "has a token '<|tool|>' that tokenizer.json lacks"),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        with pytest.raises(error, match=re.escape(message) if "|" in message else message):
+            Tokenizer.from_folder(tmp_path)
+    (folder / "tokenizer_config.json").unlink()
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(ValueError, match="generation_config.json is not valid JSON"):
         Tokenizer.from_folder(folder)
