@@ -1,11 +1,14 @@
 """What each policy stores and how it ranks, against the formulas in float64."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from retention import policies
+from retention.rows import Rows
 
 LOG_BETA = np.array([0.0, -1e-30, -1.5e-8, -1e-6, -1e-3, -0.1, -0.693, -0.694, -3.0, -20.0, -87.0, -400.0], np.float32)
 POSITION = np.array([0, 1, 500, 999])
@@ -236,6 +239,8 @@ def test_options_of_a_name():
         ("retention:floor=0.5", "as in floor=0, got '0.5'"),
         ("retention:lookahead=2,floor=many", "as in floor=0, got 'many'"),
         ("retention:lookahead=0", "lookahead must be at least 1 token, got 0"),
+        ("retention:floor=1,floor=2", "option 'floor' of policy 'retention' is given twice, in 'floor=1,floor=2'"),
+        ("snapkv:window={[]:1}", "option 'window' of policy 'snapkv' must be of its default's kind, as in window=32, got"),
         ("full:floor=1", "policy 'full' has no options, got 'floor=1'"),
         ("tova:window=1", "policy 'tova' has no options, got 'window=1'"),
         ("lagkv:sinks=-2", "a policy's sinks must be a whole number of tokens, 0 or more, got -2"),
@@ -247,6 +252,31 @@ def test_options_of_a_name():
 def test_an_unknown_name_is_answered_with_the_nearest(name, message):
     with pytest.raises(ValueError, match=message):
         policies.get(name)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(score="x"), "a policy's score must be a function or None, got 'x'"),
+        (dict(stat=None), "a policy's stat must be a function, got None"),
+        (dict(hidden=(1, 2)), r"a policy's hidden must be a function or None, got \(1, 2\)"),
+        (dict(queries=2.5), "a policy's queries must be a whole number of tokens, 0 or more, got 2.5"),
+        (dict(queries=-1), "queries must be a whole number"),
+        (dict(moments=True), "moments must be a whole number"),
+        (dict(past=None), "past must be a whole number"),
+        (dict(scopes=("global", "nope")), "unknown scope of a policy 'nope'"),
+    ],
+)
+def test_what_no_policy_can_be_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        policies.Policy(**{"score": None, **changes})
+
+
+@pytest.mark.parametrize("blocks", [(7,), (0, -1), (), (1.0,)])
+def test_blocks_that_a_model_has_not_are_named(small, blocks):
+    mine = policies.Policy(score=lambda stat, position, seen: stat, hidden=lambda layers: blocks)
+    with pytest.raises(ValueError, match=re.escape(f"asks for the outputs of blocks {blocks}; the model's are 0 to 2")):
+        Rows(small, 1, 12, mine)
 
 
 @pytest.mark.parametrize("changes", [dict(scopes=["global"]), dict(scope="head", scopes=("global",)), dict(scope="globe")])

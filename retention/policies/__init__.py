@@ -80,9 +80,11 @@ def _made(name: str, make: Callable[..., Policy], options: str) -> Policy:
         option, _, text = one.partition("=")
         check_name(f"option of policy {name!r}", option, known)
         default = known[option].default
+        if option in arguments:
+            raise ValueError(f"option {option!r} of policy {name!r} is given twice, in {options!r}")
         try:
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):
             value = None
         if type(value) is not type(default) and (type(value), type(default)) != (int, float):
             raise ValueError(f"option {option!r} of policy {name!r} must be of its default's kind, as in {option}={default!r}, got {text!r}")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from retention.cache import SCOPES
-from retention.names import is_whole
+from retention.names import check_name, is_whole
 
 
 class Written(NamedTuple):
@@ -46,7 +46,7 @@ class Streams(NamedTuple):
 
 # Of a policy that ranks each entry by itself: score(stat, position, seen) -> float32 of their common shape. stat is what `stat` stored, position the
 # entry's true position, seen the tokens so far, which is the next token's position. Of one that looks at whole streams: score(Streams) -> [B, H, N].
-# Entries with higher scores stay.
+# Entries with higher scores stay; NaN ranks with -inf.
 Score = Callable[..., jax.Array]
 
 
@@ -101,11 +101,18 @@ class Policy:
 
     def __post_init__(self):
         """Raises ValueError for what no cache could do."""
-        for name, value in (("sinks", self.sinks), ("window", self.window), ("floor", self.floor)):
-            if not (is_whole(value) or (name == "sinks" and value is None) or (name == "window" and callable(value))):
+        for name in ("sinks", "window", "floor", "queries", "moments", "past", "reread"):
+            value = getattr(self, name)
+            if not (is_whole(value) or (name in ("sinks", "moments") and value is None) or (name == "window" and callable(value))):
                 raise ValueError(f"a policy's {name} must be a whole number of tokens, 0 or more, got {value!r}")
+        for name in ("score", "stat", "hidden", "layer_budgets"):
+            value = getattr(self, name)
+            if not (callable(value) or (name != "stat" and value is None)):
+                raise ValueError(f"a policy's {name} must be a function{'' if name == 'stat' else ' or None'}, got {value!r}")
         if not isinstance(self.scopes, tuple) or self.scope not in self.scopes:
             raise ValueError(f"a policy's scopes must be a tuple that holds its scope, {self.scope!r}, got {self.scopes!r}")
+        for scope in self.scopes:
+            check_name("scope of a policy", scope, SCOPES)
 
     def declared(self) -> dict[str, str]:
         """All but its functions, by name, to be told from another policy of the same name."""

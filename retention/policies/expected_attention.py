@@ -24,8 +24,9 @@ def score(streams: Streams, future: int) -> jax.Array:
     rows = turn(streams.query_covariance[:, None])[:, 0]
     covariance = turn(jnp.swapaxes(rows, -1, -2)[:, None])[:, 0]
     keys = streams.keys.astype(jnp.float32)
-    logits = jnp.einsum("BHGD,BHND->BHGN", mean, keys) * dim**-0.5
-    logits += jnp.einsum("BHNC,BHGCD,BHND->BHGN", keys, covariance, keys) / (2 * dim)
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)  # as the moments were noted
+    logits = product("BHGD,BHND->BHGN", mean, keys) * dim**-0.5
+    logits += product("BHNC,BHGCD,BHND->BHGN", keys, covariance, keys) / (2 * dim)
     counted = streams.live & (streams.position >= streams.sinks)
     expected = jax.nn.softmax(logits, axis=-1, where=counted[:, :, None]).mean(axis=2)
     return expected * jnp.linalg.norm(streams.values.astype(jnp.float32), axis=-1)

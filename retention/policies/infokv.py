@@ -13,7 +13,7 @@ def stat(written: Written) -> jax.Array:
     """E = (1 + D) H. H: entropy of the prediction before the token; D: 1 - cos between the block's output and the last block's. METHOD section 6."""
     hidden = written.hidden.astype(jnp.float32)
     unit = hidden / jnp.maximum(jnp.linalg.norm(hidden, axis=-1, keepdims=True), 1e-12)
-    depth = 1 - jnp.einsum("LBTE,BTE->LBT", unit, unit[-1])
+    depth = 1 - jnp.einsum("LBTE,BTE->LBT", unit, unit[-1], precision=jax.lax.Precision.HIGHEST)
     information = (1 + depth) * written.entropy
     return jnp.broadcast_to(information[..., None], (*information.shape, written.stream.shape[-1]))
 

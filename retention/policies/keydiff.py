@@ -13,7 +13,8 @@ def score(streams: Streams) -> jax.Array:
     keys = keys / jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
     anchor = keys.sum(axis=2)
     anchor = anchor / jnp.maximum(jnp.linalg.norm(anchor, axis=-1, keepdims=True), 1e-12)
-    return -jnp.einsum("BHND,BHD->BHN", keys, anchor)
+    # A TPU would round to bfloat16, and keys that differ little would tie.
+    return -jnp.einsum("BHND,BHD->BHN", keys, anchor, precision=jax.lax.Precision.HIGHEST)
 
 
 def policy() -> Policy:

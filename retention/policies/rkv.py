@@ -20,18 +20,19 @@ def redundancy(keys: jax.Array, live: jax.Array, threshold: float) -> jax.Array:
     keys = keys.astype(jnp.float32)
     unit = keys / jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
     blocks = -(-entries // ROWS)
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)  # a TPU would round to bfloat16, and with it what is above the threshold
     rows = jnp.pad(unit, ((0, 0), (0, 0), (0, blocks * ROWS - entries), (0, 0))).reshape(batch, heads, blocks, ROWS, dim)
 
     def spare(block):
         row, first = block
-        cosine = jnp.einsum("BHID,BHJD->BHIJ", row, unit)
+        cosine = product("BHID,BHJD->BHIJ", row, unit)
         itself = (first + jnp.arange(ROWS))[:, None] == jnp.arange(entries)
         newest = jnp.where((cosine > threshold) & ~itself, jnp.arange(entries), -1).max(axis=-1)
         spared = jnp.where((newest >= 0)[..., None] & (newest[..., None] == jnp.arange(entries)), cosine, 0)
         return jnp.sum(jnp.where(itself, cosine, spared), axis=2)
 
     uncounted = jax.lax.map(spare, (jnp.moveaxis(rows, 2, 0), jnp.arange(blocks) * ROWS)).sum(axis=0)
-    total = jnp.einsum("BHND,BHD->BHN", unit, unit.sum(axis=2)) - uncounted
+    total = product("BHND,BHD->BHN", unit, unit.sum(axis=2)) - uncounted
     return jax.nn.softmax(total / jnp.maximum(live.sum(axis=-1, keepdims=True), 1), axis=-1, where=live)
 
 
