@@ -14,12 +14,14 @@ from ml_collections import ConfigDict, config_flags
 
 from configs import ablations
 from experiments import check_arguments, check_config
+from retention.evaluation import cells
 from retention.evaluation.harness import evaluate
 from retention.evaluation.plots import measure_of
 from retention.evaluation.report import typed
 from retention.gates import GateConfig
 from retention.names import check_name
 from retention.runs import RunFolder, write_table
+from retention.training import text
 from retention.training.loop import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Training, its variants and the evaluation, configs/ablations.py.", lock_config=True)
@@ -52,7 +54,10 @@ def main(argv):
     check_config(config, ablations.get_config(), "one such as configs/ablations.py")
     for variant in config.order:
         check_name("variant", variant, sorted(config.variants))
-        training(config, variant, 0)  # a mistake should not wait for the variants before it
+        training(config, variant, 0)
+    # Mistakes should not wait for trainings.
+    cells.table(config.evaluate)
+    text.load(config.evaluate.text)
     run = RunFolder(WORKDIR.value, config, free=("order", "seeds"))
     for seed in config.seeds:
         for variant in config.order:

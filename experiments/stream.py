@@ -18,6 +18,7 @@ from retention.evaluation import needles, prose, streaming
 from retention.evaluation.harness import inputs, load
 from retention.evaluation.plots import plot_streams
 from retention.model import Model
+from retention.names import is_whole
 from retention.rows import Rows
 from retention.runs import RunFolder, write_table
 
@@ -42,6 +43,9 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"config.samples and config.piece must be at least 1, got {config.samples} and {config.piece}")
     if config.tokens < config.piece or config.tokens % config.piece:
         raise ValueError(f"config.tokens must be a multiple of config.piece, {config.piece}, got {config.tokens}")
+    for budget in config.budgets:
+        if not is_whole(budget, 1):  # a fraction would be one of what is read first
+            raise ValueError(f"config.budgets must be whole numbers of tokens per stream, got {budget!r}")
     if not 1 <= config.bins <= config.tokens // config.piece:
         raise ValueError(f"config.bins must be from 1 to the stream's {config.tokens // config.piece} pieces, got {config.bins}")
 

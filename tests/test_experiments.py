@@ -63,6 +63,20 @@ def test_mistakes_are_found_before_a_model_is_looked_for(tmp_path, arguments, me
 
 
 @pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["stream", "--config=configs/stream.py:story", "--config.budgets=(0.125,)"], "config.budgets must be whole numbers of tokens per stream, got 0.125"),
+        (["ablate", "--config=configs/ablations.py", "--config.evaluate.policies=('retension',)"], "unknown policy 'retension': did you mean retention"),
+        (["ablate", "--config=configs/ablations.py", "--config.evaluate.text=/nowhere/*.txt"], "/nowhere/"),
+        (["ablate", "--config=configs/ablations.py", "--config.order=('locl',)"], "unknown variant 'locl': did you mean local"),
+    ],
+)
+def test_mistakes_in_a_config_are_found_before_anything_runs(tmp_path, arguments, message):
+    failed = run(*arguments, f"--workdir={tmp_path}/run")
+    assert failed.returncode != 0 and message in failed.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     "program, config, message",
     [
         ("evaluate", "smollm2_135m.py", "--config has no .*samples.*: it is another program's; give one of configs/eval_"),

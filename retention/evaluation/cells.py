@@ -78,6 +78,8 @@ def check_numbers(config: ConfigDict) -> None:
     for budget in config.budgets:
         if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
             raise ValueError(f"config.budgets must be fractions of the context's tokens or tokens per stream, got {budget!r}")
+    if len({type(budget) for budget in config.budgets if budget == 1}) > 1:
+        raise ValueError("config.budgets has 1, a token per stream, and 1.0, all tokens of a context, which tables cannot tell apart; leave one of them out")
 
 
 def empty_rows(config: ConfigDict, model: Model, cell: Cell, batch: int) -> Rows:

@@ -211,13 +211,14 @@ class Asking:
 
     def run(self, wanted: Sequence[Cell], batch: Sequence[int]) -> Iterator[tuple[Cell, list[dict]]]:
         """The records of one batch of samples, for each cell. decode_seconds: to read and answer all questions of a sample. cut_off: 1 for an answer that
-        max_new_tokens ended."""
-        tokenizer = self.reader.model.tokenizer
+        max_new_tokens ended. Where all that is read before the questions is the opening of a turn, what the cache holds is told of the answers' end."""
+        tokenizer, bare = self.reader.model.tokenizer, not self.shortest()
         samples = [self.task.samples[i] for i in batch]
         for cell, rows, seconds in self.reader.rows(wanted, [self.contexts[i] for i in batch]):
             caches, start = [held(rows, row) for row in range(len(samples))], time.time()
             rounds = list(self.answers(rows, samples))
             seconds |= {"decode_seconds": round((time.time() - start) / len(samples), 4)}
+            caches = [held(rows, row) for row in range(len(samples))] if bare else caches
             records = []
             for row, (i, sample, cache) in enumerate(zip(batch, samples, caches, strict=True)):
                 cut = {"dropped_tokens": self.dropped[i]} if self.dropped else {}
