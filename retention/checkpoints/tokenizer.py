@@ -102,7 +102,7 @@ class Tokenizer:
         pre = value("pre")
         if pre not in PRE_TOKENIZERS:
             raise NotImplementedError(f"GGUF pre-tokenizer {pre!r} is not supported; {', '.join(PRE_TOKENIZERS)} are")
-        tokens, kinds = value("tokens"), value("token_type")
+        tokens, kinds, merges = value("tokens"), value("token_type"), value("merges")
         if len(kinds) != len(tokens):
             raise ValueError(f"the GGUF metadata has {len(tokens)} tokenizer.ggml.tokens and {len(kinds)} of tokenizer.ggml.token_type, which go in pairs")
         ids = {key: metadata[f"tokenizer.ggml.{key}"] for key in ("bos_token_id", "eos_token_id", "eot_token_id") if f"tokenizer.ggml.{key}" in metadata}
@@ -111,9 +111,8 @@ class Tokenizer:
                 raise ValueError(f"the GGUF metadata has tokenizer.ggml.{key} = {token_id}, which is none of its {len(tokens)} tokens")
         vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
         try:
-            merges = [tuple(merge.split(" ", 1)) for merge in value("merges")]
             # Llama 3 takes a word that is a token as it stands, even where its merges do not lead there.
-            model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
+            model = models.BPE(vocab=vocabulary, merges=[tuple(merge.split(" ", 1)) for merge in merges], ignore_merges=pre == "llama-bpe")
         except Exception as error:  # the package raises nothing narrower
             raise ValueError(f"the GGUF metadata's tokenizer.ggml.merges are not those of its tokens ({error})") from error
         tokenizer = tokenizers.Tokenizer(model)
