@@ -52,10 +52,10 @@ def main(argv):
     check_arguments(argv)
     config = CONFIG.value
     check_config(config, ablations.get_config(), "one such as configs/ablations.py")
+    # Mistakes should not wait for what is trained before them.
     for variant in config.order:
         check_name("variant", variant, sorted(config.variants))
         training(config, variant, 0)
-    # Mistakes should not wait for trainings.
     cells.table(config.evaluate)
     text.load(config.evaluate.text)
     run = RunFolder(WORKDIR.value, config, free=("order", "seeds"))
