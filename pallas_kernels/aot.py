@@ -15,7 +15,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 # Generation -> the name of its smallest topology.
 TPUS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 TARGETS = (*TPUS, "h100")
-HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96, "h100": 80}  # of one device; a TPU7x chip shows its two cores as two
+HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96, "h100": 79}  # of one device; a TPU7x chip shows its two cores as two
 
 # What XLA has to know of an H100 SXM, from NVIDIA's data sheet and the CUDA programming guide's table for compute capability 9.0.
 H100 = """

@@ -49,6 +49,12 @@ def check(axes: str, q, k, v, pool_keys, pool_values, starts, buffer_keys, buffe
         raise ValueError("starts falls along a row: segments lie end to end, so that each row must be sorted")
 
 
+def check_gpu(dim: int) -> None:
+    """Raises NotImplementedError for a head dimension with which the GPU's ragged_decode cannot work."""
+    if dim & (dim - 1) or dim < 16:
+        raise NotImplementedError(f"q has the head dimension {dim}: on a GPU powers of 2 from 16 work")
+
+
 def along_lanes(entries: int, dim: int) -> bool:
     """Whether XLA lays out [.., entries, D] on a TPU with the entries along lanes: where D would leave lanes empty. Any other way would cost a copy."""
     return pl.cdiv(entries, LANES) * LANES * dim < pl.cdiv(entries, 8) * 8 * pl.cdiv(dim, LANES) * LANES

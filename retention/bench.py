@@ -27,7 +27,7 @@ from retention.training.metrics import device_bytes, forget_peak, peak_memory_by
 class Sizes:
     """What is measured. contexts, long: tokens read; batches: sequences at a time; budget: tokens per stream; new_tokens: decoded after each context.
 
-    Under the budget 240 tokens fill the write buffer, and what follows is one eviction: its share of the time is neither spared nor counted twice.
+    Under the budget 240 tokens nearly fill the write buffer, and the one eviction that follows is timed with them: its share is neither spared nor doubled.
     """
 
     contexts: tuple[int, ...] = (2048, 8192)
@@ -116,7 +116,7 @@ def decode_rows(model: Model, sizes: Sizes, theirs: "Theirs | None", tokens: np.
         def prepare():
             fork = rows.fork()
             jax.block_until_ready(fork.cache)  # or the copying would be timed with the first token
-            return lambda: list(fork.decode(steps, 0.0, 1.0, 0, ()))
+            return lambda: (list(fork.decode(steps, 0.0, 1.0, 0, ())), fork.cache)
 
         return prepare
 
@@ -145,10 +145,13 @@ def read(model: Model, tokens: np.ndarray, budget: int | float | None, policy: s
 def compression_rows(model: str, names: Sequence[str], budget: float = 0.25) -> Iterator[dict]:
     """What it costs to read a context and compress it under each policy, each in a process of its own, so that the peak of its memory is its own.
 
-    Retention reads in chunks, the others a context whole, as their papers have it. Raises ValueError for a name that is not known, before the first row.
+    Retention reads in chunks, the others a context whole, as their papers have it. Raises ValueError, before the first row, for a name that is not known and
+    on an accelerator, which one process has to itself and which keeps its peak.
     """
     for name in names:
         policies.get(name)
+    if jax.default_backend() != "cpu":
+        raise ValueError(f"what compressing costs is measured in processes side by side, which {jax.default_backend()} does not allow; set JAX_PLATFORMS=cpu")
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
         for length, rounds in ((1024, 3), (4096, 1)):
@@ -199,11 +202,12 @@ def serving_rows(model: Model, bandwidth: float, sizes: Served = Served()) -> It
 
 
 def serving_row(model: Model, bandwidth: float, sizes: Served, batch: int, budget: int | None, context: int) -> dict:
-    """Tokens a second of all sequences together, the peak of the device's memory, and the share reached of what `bandwidth`, bytes a second, allows
-    (`compiled.step_bytes`).
+    """Tokens a second of all sequences together, the peak of the device's memory (None where it was higher before), and the share reached of what
+    `bandwidth`, bytes a second, allows (`compiled.step_bytes`).
 
     The cache is filled without reading, as what is in it changes no time; under a budget with streams of unequal lengths.
     """
+    before = max(device_bytes("peak_bytes_in_use"), default=0)
     rows = filled(model, batch, context, budget, (sizes.rounds + 1) * sizes.new_tokens)
     # Again and again in the same cache: a copy to begin each round from would double it.
     seconds = take_turns({"decode": lambda: lambda: list(rows.decode(sizes.new_tokens, 0.0, 1.0, 0, ()))}, sizes.rounds)["decode"]
@@ -213,7 +217,7 @@ def serving_row(model: Model, bandwidth: float, sizes: Served, batch: int, budge
         "seconds": statistics.median(seconds),
         "tokens_per_second": round(batch / step, 1),
         "of_bandwidth": round(least / bandwidth / step, 3),
-        "peak_bytes": peak_memory_bytes(),
+        "peak_bytes": peak if (peak := peak_memory_bytes()) > before else None,
         "cache_bytes": rows.stats(0).allocated_bytes * batch,
     }
 

@@ -221,8 +221,12 @@ class Decoder(nnx.Module):
 
 def init(config: Config, seed: int = 0, dtype=jnp.float32) -> dict:
     """Random parameters, N(0, 0.02), as the nested dict that `bind` takes."""
-    state = nnx.state(jax.jit(lambda: Decoder(config, nnx.Rngs(seed)))())
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), nnx.to_pure_dict(state))
+
+    @jax.jit
+    def make():  # in one program, which need not hold all of them in float32
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(seed)))))
+
+    return make()
 
 
 def bind(config: Config, params: dict) -> Decoder:

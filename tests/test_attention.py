@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from retention import attention
 from retention.attention import retention_attention
 
 
@@ -141,6 +142,13 @@ def test_storage_in_bfloat16_keeps_softmax_in_float32():
     assert out.dtype == jnp.bfloat16
     q, k, v = (np.asarray(x, np.float32) for x in rounded)
     np.testing.assert_allclose(np.asarray(out, np.float32)[0], by_hand(q[0], k[0], v[0], np.tri(200, dtype=bool), log_beta[0]), atol=0.02)
+
+
+def test_a_prompt_that_could_be_read_and_not_decoded_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr(attention, "platform", lambda: "gpu")
+    q, k, v, _ = inputs(8, dim=80)
+    with pytest.raises(NotImplementedError, match="q has the head dimension 80: on a GPU powers of 2 from 16 work"):
+        attention.cached_attention(q, k, v, None)
 
 
 # METHOD section 5: the theory that the method rests on, read off the attention that training uses.

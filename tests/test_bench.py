@@ -59,6 +59,35 @@ def test_what_compressing_costs(small, policy):
     assert row["times_plain"] == 1 if policy == "full" else row["times_plain"] > 0
 
 
+def test_what_compressing_costs_is_not_measured_on_an_accelerator(monkeypatch):
+    monkeypatch.setattr(bench.jax, "default_backend", lambda: "tpu")
+    with pytest.raises(ValueError, match="which tpu does not allow; set JAX_PLATFORMS=cpu"):
+        next(bench.compression_rows("smollm2-135m", ["full"]))
+
+
+def test_the_eviction_at_the_end_is_timed(small, monkeypatch):
+    """What is waited for is the cache after it, and not the tokens alone."""
+    timed = {}
+
+    def take_turns(runs, rounds):
+        timed.update((name, prepare()()) for name, prepare in runs.items())
+        return dict.fromkeys(runs, [1.0])
+
+    monkeypatch.setattr(bench, "take_turns", take_turns)
+    list(bench.decode_rows(small, bench.Sizes(budget=16, new_tokens=8), None, np.ones((1, 300), int)))
+    _, budget = timed["budget"]
+    assert budget.seen.tolist() == [308] and budget.buffered.tolist() == [0] and int(budget.starts[0, -1]) == 16 * small.config.streams
+
+
+def test_a_peak_is_told_only_where_it_is_new(small, monkeypatch):
+    """A device keeps its highest."""
+    half, sizes = dataclasses.replace(small, params=jax.tree.map(lambda leaf: leaf.astype("bfloat16"), small.params)), bench.Served(new_tokens=16, rounds=1)
+    monkeypatch.setattr(bench, "device_bytes", lambda name: [700])
+    for peak, told in ((700, None), (701, 701)):
+        monkeypatch.setattr(bench, "peak_memory_bytes", lambda peak=peak: peak)
+        assert bench.serving_row(half, 1e9, sizes, 1, 16, 300)["peak_bytes"] == told
+
+
 def test_serving(small, monkeypatch):
     """Caches that seem to have read a context decode as others do: a stream's entries are those of its segment, and none too many."""
     half = dataclasses.replace(small, params=jax.tree.map(lambda leaf: leaf.astype(jax.numpy.bfloat16), small.params))

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.cached import check_gpu
+
 MULTIPROCESSORS = 132  # of an H100
 PROGRAMS = 4 * MULTIPROCESSORS  # at most, over the whole batch, but at least one a sequence
 SHARE = 256  # entries of a share, from which on its partial results are little beside it
@@ -142,8 +144,7 @@ def merge_kernel(layer, starts, buffered, q, k, v, largest_in, total_in, sums_in
 def ragged_decode(q, k, v, pool_keys, pool_values, starts, buffer_keys, buffer_values, buffered, layer, interpret=False):
     """As the package's ragged_decode."""
     batch, heads, group, dim = q.shape
-    if dim & (dim - 1) or dim < 16:
-        raise NotImplementedError(f"q has the head dimension {dim}: on a GPU powers of 2 from 16 work")
+    check_gpu(dim)
     block = block_size(dim, q.dtype.itemsize)
     shares = most_shares(batch, pl.cdiv(pool_keys.shape[1], buffer_keys.shape[0]) + heads * buffer_keys.shape[3], block)
     layer = jnp.asarray(layer, jnp.int32)[None]

@@ -219,6 +219,8 @@ def ragged_prefill(q, k, v, valid, pool_keys, pool_values, starts, buffer_keys, 
     """As the package's ragged_prefill."""
     batch, length, heads, group, dim = q.shape
     dtype, layer = q.dtype, jnp.asarray(layer, jnp.int32)
+    if dim > LANES and dim % LANES:
+        raise ValueError(f"q has rows of {dim}: on a TPU up to {LANES}, or a multiple of it, would work")
     queries, block = queries_block(length, group, dtype), chunk_block(length)
     # [B, H, G, T, D], [B, H, T, D], T padded to whole blocks
     q = jnp.pad(jnp.transpose(q, (0, 2, 3, 1, 4)), ((0, 0), (0, 0), (0, 0), (0, -length % queries), (0, 0)))

@@ -44,7 +44,12 @@ def schedule(low: jax.Array, high: jax.Array, full_low: jax.Array, full_high: ja
 
     All [B,n] int32, ends included. Returns words [B*most], how many steps the longest sequence takes, and `most`. A shorter one then stays where it
     is, not LIVE. A block that meets none takes one step that is not LIVE either, for its zeros to be written.
+
+    Raises ValueError for more words than the scalar memory of a TPU holds.
     """
+    if 4 * low.shape[0] * most > 2**20:
+        rows = f"{low.shape[0]} rows a device, of which each takes {most} blocks of queries and keys"
+        raise ValueError(f"{rows}, have a schedule of more than the 1 MiB that a TPU kernel can be told; split rows or tokens over more devices")
     some = low <= high
     low, high = jnp.where(some, low, 0), jnp.where(some, high, 0)
     end = jnp.cumsum(high - low + 1, axis=1)

@@ -137,6 +137,12 @@ def test_mistakes_are_named(name):
         ragged_prefill(**{**given, name.strip(): change(given[name.strip()])})
 
 
+def test_a_head_dimension_that_fills_no_lanes_is_named():
+    given = cases.arrays(dataclasses.replace(cases.SMALL["one token"], dim=192))
+    with pytest.raises(ValueError, match="q has rows of 192: on a TPU up to 128, or a multiple of it, would work"):
+        tpu.ragged_prefill(**given, interpret=True)
+
+
 def test_unknown_implementation():
     with pytest.raises(ValueError, match="implementation is 'cuda': None and 'reference', 'cpu', 'tpu', 'gpu' work"):
         ragged_prefill(**cases.arrays(cases.SMALL["one token"]), implementation="cuda")

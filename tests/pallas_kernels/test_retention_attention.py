@@ -168,6 +168,21 @@ def test_tpu_races(monkeypatch):
         assert_close(got, expected(case), "float32")
 
 
+def test_a_schedule_that_a_tpu_cannot_be_told_is_named():
+    """At its tiles: 128K tokens of two rows compile, and of four do not."""
+    for rows, fits in ((2, True), (4, False)):
+        first = jax.ShapeDtypeStruct((rows, 128 * 1024), jnp.int32)
+
+        def plan(first):
+            return tpu.queries_schedule(first, 128 * 1024, 128, 1024)[0]
+
+        if fits:
+            assert jax.eval_shape(plan, first).size * 4 <= 2**20
+        else:
+            with pytest.raises(ValueError, match="4 rows a device, of which each takes 66048 blocks .* split rows or tokens over more devices"):
+                jax.eval_shape(plan, first)
+
+
 @pytest.mark.parametrize("documents", [None, ((3, 1, 300, 40), (511, 2), (128, 128, 256))])
 @pytest.mark.parametrize("start", [None, 0, 200, 640])
 @pytest.mark.parametrize("queries, keys", [(128, 128), (128, 512)])
