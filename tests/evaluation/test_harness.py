@@ -310,17 +310,17 @@ def test_each_cell_is_charged_for_what_it_takes(folder, monkeypatch):
         return types.SimpleNamespace(batch=batch, cache=None, logits=None, append=lambda contexts: rows(batch, 10))
 
     def reading(model, names, contexts):
-        batch, again = len(contexts), {"kvzip": 100}  # once
+        batch, again = len(contexts), {("kvzip", 3): 100}  # once, looking at as many sinks as the config says
         return types.SimpleNamespace(
             full=rows(batch, 10),
-            read_for=lambda policy: rows(batch, again.pop(policy, 0)),
-            compress=lambda budget, policy, *_: rows(batch, 1 + again.pop(policy, 0)),
+            read_for=lambda policy, sinks: rows(batch, again.pop((policy, sinks), 0)),
+            compress=lambda budget, policy, scope, sinks, *_: rows(batch, 1 + again.pop((policy, sinks), 0)),
         )
 
     monkeypatch.setattr(harness, "time", types.SimpleNamespace(time=lambda: clock[0]))
     monkeypatch.setattr(harness, "empty_rows", lambda config, model, cell, batch: rows(batch, 0))
     monkeypatch.setattr(harness, "Reading", reading)
-    config = config_of(folder, tasks=("prose",), policies=("kvzip", "retention"), one_shot=("window", "kvzip"), budgets=(0.5, 0.25))
+    config = config_of(folder, tasks=("prose",), policies=("kvzip", "retention"), one_shot=("window", "kvzip"), budgets=(0.5, 0.25), sinks=3)
     wanted = {"full": (10, 0), "retention": (10, 0), "window": (10, 1), "kvzip": (10 + 100, 1)}
     for batch in (1, 2):
         found = [(cell, seconds) for cell, _, seconds in harness.Reader(config, None).rows(cells.table(config), batch * [[3]])]
