@@ -65,6 +65,7 @@ def test_what_compressing_costs_is_not_measured_on_an_accelerator(monkeypatch):
         next(bench.compression_rows("smollm2-135m", ["full"]))
 
 
+@pytest.mark.slow
 def test_the_eviction_at_the_end_is_timed(small, monkeypatch):
     """What is waited for is the cache after it, and not the tokens alone."""
     timed = {}

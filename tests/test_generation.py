@@ -208,7 +208,7 @@ def test_a_batch_equals_its_rows_alone(small, scope, budget):
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("policy", ["retention", "h2o"])
+@pytest.mark.parametrize("policy", ["retention", pytest.param("h2o", marks=pytest.mark.slow)])
 def test_a_sequence_that_ends_as_its_buffer_is_full_stays_as_it_is(small, policy):
     """While another goes on, whose steps are written behind its last entry too."""
     prompts, seed = random_prompts([40, 40]), 2

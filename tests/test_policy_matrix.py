@@ -134,7 +134,7 @@ def test_one_reading_serves_all_as_one_shot_prefill(small, reading, name):
     assert [kept(compressed, row) for row in (0, 1)] == [kept(once, row) for row in (0, 1)]
 
 
-@pytest.mark.parametrize("sinks", [0, 7])
+@pytest.mark.parametrize("sinks", [pytest.param(0, marks=pytest.mark.slow), 7])
 def test_a_second_reading_looks_at_the_sinks_that_are_asked_for(small, sinks):
     """Of KVzip, part by part: the parts after the first look at the sinks too."""
     name, prompts = "kvzip:chunk=30", random_prompts([90], seed=3)

@@ -305,6 +305,7 @@ def test_a_session_is_not_restored_under_another_policy_of_its_name(model, tmp_p
     policies._made.cache_clear()
 
 
+@pytest.mark.slow
 def test_generate_equals_sessions_alone(model):
     prompts = [STORY, "A letter."]
     for options in (dict(budget=0.25, prefill_chunk=None), dict(budget=16, policy="window", scope="head")):
