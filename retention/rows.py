@@ -138,9 +138,11 @@ class Rows:
         trained = self.model.gates
         if policy.gated and trained is None:
             raise ValueError("this policy ranks by learned gates and the model has none: load it with gates='shipped' or the path of trained gates")
-        layers = self.model.config.layers
-        if policy.hidden and not all(is_whole(block) and block < layers for block in policy.hidden(layers) or (None,)):  # XLA would take another
-            raise ValueError(f"this policy's hidden asks for the outputs of blocks {policy.hidden(layers)}; the model's are 0 to {layers - 1}")
+        if policy.hidden:
+            layers = self.model.config.layers
+            blocks = policy.hidden(layers)
+            if not blocks or not all(is_whole(block) and block < layers for block in blocks):  # XLA would take another
+                raise ValueError(f"this policy's hidden asks for the outputs of blocks {blocks}; the model's are 0 to {layers - 1}")
         self.window = window
         self.plan = Plan(self.model.config, trained.config if policy.gated else None, policy, scope, sinks, None if callable(window) else window)
         self.gates = trained.params if policy.gated else None

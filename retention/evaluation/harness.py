@@ -97,7 +97,7 @@ def inputs(model: Model, texts: Sequence[str]) -> dict[str, str]:
     return {
         "weights": arrays.fingerprint(model.params),
         "tokenizer": model.tokenizer.digest(),
-        "gates": digest(np.asarray(leaf).tobytes() for leaf in gates),
+        "gates": digest(np.asarray(leaf).tobytes() for leaf in gates),  # as the published runs have it
         "text": digest(one.encode() for one in texts),
     }
 
@@ -215,10 +215,12 @@ class Asking:
         tokenizer, bare = self.reader.model.tokenizer, not self.shortest()
         samples = [self.task.samples[i] for i in batch]
         for cell, rows, seconds in self.reader.rows(wanted, [self.contexts[i] for i in batch]):
-            caches, start = [held(rows, row) for row in range(len(samples))], time.time()
+            caches = [] if bare else [held(rows, row) for row in range(len(samples))]
+            start = time.time()
             rounds = list(self.answers(rows, samples))
             seconds |= {"decode_seconds": round((time.time() - start) / len(samples), 4)}
-            caches = [held(rows, row) for row in range(len(samples))] if bare else caches
+            if bare:
+                caches = [held(rows, row) for row in range(len(samples))]
             records = []
             for row, (i, sample, cache) in enumerate(zip(batch, samples, caches, strict=True)):
                 cut = {"dropped_tokens": self.dropped[i]} if self.dropped else {}

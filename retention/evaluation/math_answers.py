@@ -42,15 +42,15 @@ def last_number(generated: str) -> Fraction | None:
     number, parts = None, generated.split("####")
     for i in reversed(range(1, len(parts))):
         # A heading may be numbered: #### 2. Money
-        if (found := re.match(r"(?:\\[a-z]+|[^\w#])*\d", parts[i])) and not re.match(r"[\s*]*\d+[.)]\s+\**[A-Za-z]", parts[i]):
+        if found := re.match(r"(?![\s*]*\d+[.)]\s+\**[A-Za-z])(?:\\[a-z]+|[^\w#])*\d", parts[i]):
             number = _number(found[0] + parts[i][found.end() :].partition("\n")[0], 0)
             parts = parts[i:]
             break
-    boxes = _number(_boxed("####".join(parts)), -1)
-    if boxes is not None or number is not None:
-        return number if boxes is None else boxes
-    answer = _said(generated)
-    number = _number(answer, 0 if re.match(r"\W*\d", answer) else -1)
+    box = _number(_boxed("####".join(parts)), -1)
+    number = number if box is None else box
+    if number is None:
+        answer = _said(generated)
+        number = _number(answer, 0 if re.match(r"\W*\d", answer) else -1)
     return symbolic.fraction((_numbers(generated) or [""])[-1]) if number is None else number
 
 
