@@ -9,9 +9,11 @@ half an hour on 2 CPU cores. prose: 16,384 tokens of text, twice as many as Smol
 
 from ml_collections import ConfigDict
 
+KINDS = ("story", "prose")
+
 
 def get_config(kind: str = "story") -> ConfigDict:
-    if kind not in ("story", "prose"):
+    if kind not in KINDS:
         raise ValueError(f"configs/stream.py has the kinds story and prose, not {kind}; give --config=configs/stream.py:story")
     config = ConfigDict()
     config.model = "smollm2-135m"

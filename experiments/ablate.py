@@ -19,7 +19,7 @@ from retention.evaluation.harness import evaluate
 from retention.evaluation.plots import measure_of
 from retention.evaluation.report import typed
 from retention.gates import GateConfig
-from retention.names import check_name
+from retention.names import check_name, check_seed
 from retention.runs import RunFolder, write_table
 from retention.training import text
 from retention.training.loop import train
@@ -52,7 +52,11 @@ def main(argv):
     check_arguments(argv)
     config = CONFIG.value
     check_config(config, ablations.get_config(), "one such as configs/ablations.py")
-    # Mistakes should not wait for what is trained before them.
+    # Mistakes that show without a model should not wait for what is trained before them.
+    if not config.order or not config.seeds:
+        raise ValueError("config.order and config.seeds must each name at least one")
+    for seed in config.seeds:
+        check_seed(seed)
     for variant in config.order:
         check_name("variant", variant, sorted(config.variants))
         training(config, variant, 0)

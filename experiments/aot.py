@@ -47,7 +47,7 @@ def main(argv):
     check_arguments(argv)
     names, measures = COLUMNS[SUITE.value]
     programs = list({"kernels": kernels, "training": training, "serving": servings}[SUITE.value]())
-    path = pathlib.Path(WORKDIR.value)
+    path = pathlib.Path(WORKDIR.value).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     failed = 0
     with open(path / f"{SUITE.value}.csv", "w", newline="") as file:

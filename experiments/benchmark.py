@@ -123,7 +123,7 @@ def main(argv):
     check_arguments(argv)
     device, version = jax.devices()[0].device_kind, commit()
     print(device, version)
-    path = pathlib.Path(WORKDIR.value)
+    path = pathlib.Path(WORKDIR.value).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     rows = []
     for row in SUITES[SUITE.value]():

@@ -25,7 +25,7 @@ QUESTIONS = (
 
 def main(argv):
     check_arguments(argv)
-    folder = pathlib.Path(WORKDIR.value)
+    folder = pathlib.Path(WORKDIR.value).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     model = retention.load("smollm2-135m", gates="shipped")
     story = (pathlib.Path(__file__).parent / "demo_document.txt").read_text(encoding="utf-8")

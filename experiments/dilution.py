@@ -16,6 +16,7 @@ from tqdm import tqdm
 from experiments import check_arguments
 from retention.evaluation import dilution
 from retention.evaluation.plots import plot_dilution
+from retention.names import is_whole
 from retention.runs import RunFolder, write_table
 
 DEFAULTS = ConfigDict(
@@ -42,9 +43,19 @@ def problem(key, count: int, samples: int, dim: int, margin: float, spread: floa
     return along[..., None] * query[:, None] + noise, jax.random.normal(keys[4], noise.shape), query, evidence
 
 
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for what there is no experiment of."""
+    for name, least in {"samples": 2, "budget": 1, "dim": 2, "seed": 0}.items():  # samples: of which a mean has an error
+        if not is_whole(config[name], least):
+            raise ValueError(f"config.{name} must be a whole number of at least {least}, got {config[name]!r}")
+    if not config.distractors or not all(is_whole(count, 1) for count in config.distractors):
+        raise ValueError(f"config.distractors must be numbers of at least 1, and one of them or more, got {config.distractors}")
+
+
 def main(argv):
     check_arguments(argv)
     config = CONFIG.value
+    check(config)
     run = RunFolder(WORKDIR.value, config)
     run.keep_metrics([])
     rows = []

@@ -22,7 +22,7 @@ BUDGET = flags.DEFINE_string("budget", "256", "Tokens per stream (256), a fracti
 POLICY = flags.DEFINE_string("policy", "retention", f"One of {', '.join(retention.policies.names())}; options behind a colon, as in retention:floor=16.")
 SCOPE = flags.DEFINE_enum("scope", None, SCOPES, "What competes for what; unset: as the policy has it.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "At most so many tokens.")
-PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 256, "Tokens between evictions; 0: one-shot prefill.")
+PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 256, "Tokens between evictions; 0: one-shot prefill.", lower_bound=0)
 SINKS = flags.DEFINE_integer("sinks", None, "Protected first positions; default: the policy's own.")
 WINDOW = flags.DEFINE_integer("window", None, "Protected newest positions; default: the policy's own.")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")

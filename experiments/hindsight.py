@@ -14,6 +14,7 @@ from experiments import check_arguments, check_config
 from retention.evaluation import hindsight, prose
 from retention.evaluation.cells import check_numbers
 from retention.evaluation.harness import batches, inputs, load
+from retention.rows import check_budget
 from retention.runs import RunFolder, write_table
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The evaluation, a file of configs/.", lock_config=True)
@@ -26,6 +27,12 @@ def main(argv):
     config = CONFIG.value
     check_config(config, eval_needles.get_config(), "one of configs/eval_*.py")
     check_numbers(config)
+    if not config.lengths or not config.budgets:
+        raise ValueError("config.lengths and config.budgets must each name at least one")
+    for budget in config.budgets:
+        check_budget(budget, sinks=1, window=0, floor=0)
+        if isinstance(budget, float) and budget * min(config.lengths) < 1:
+            raise ValueError(f"config.budgets must be at least one token of a context of {min(config.lengths)}, got {budget:g}; give tokens per stream")
     model, texts = load(config, None)
     tokens = [model.tokenizer.encode(one) for one in texts]
     run = RunFolder(WORKDIR.value, config, program="hindsight", **inputs(model, texts))

@@ -25,14 +25,16 @@ def main(argv):
     if not RUNS.value:
         raise ValueError("--runs names no folder; give those of finished runs, with commas between them")
     runs = []
-    for folder in map(pathlib.Path, RUNS.value):
+    for folder in (pathlib.Path(name).expanduser() for name in RUNS.value):
         missing = [name for name in ("config.json", "results.csv", "run_meta.json") if not (folder / name).exists()]
         if missing:
             raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}; give --runs folders in which experiments.evaluate has come to its end")
         config, meta = (json.loads((folder / name).read_text()) for name in ("config.json", "run_meta.json"))
+        if "command" not in meta:  # which is there from a run's first record on, and whole at its end
+            raise ValueError(f"{folder} has not come to its end; give its command of experiments.evaluate again")
         with open(folder / "results.csv", newline="") as file:
             runs.append((str(folder), config, meta, list(csv.DictReader(file))))
-    out = pathlib.Path(OUT.value)
+    out = pathlib.Path(OUT.value).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     text, rows = leaderboard(runs, COLUMNS.value)
     (out / "leaderboard.md").write_text(text)

@@ -17,8 +17,9 @@ from retention import chat
 from retention.evaluation import needles, prose, streaming
 from retention.evaluation.harness import inputs, load
 from retention.evaluation.plots import plot_streams
+from retention.generation import check_sampling
 from retention.model import Model
-from retention.names import is_whole
+from retention.names import check_name, is_whole
 from retention.rows import Rows
 from retention.runs import RunFolder, write_table
 
@@ -38,7 +39,11 @@ def begin_stream(config: ConfigDict, model: Model, texts: list[str], samples: li
 
 
 def check(config: ConfigDict) -> None:
-    """Raises ValueError for a stream that cannot be cut as the config says."""
+    """Raises ValueError for what there are no streams of, and a stream that cannot be cut as the config says."""
+    check_name("kind of stream", config.kind, stream_config.KINDS)
+    check_sampling(1, config.temperature, 1.0, config.seed)
+    if not config.policies or not config.budgets:
+        raise ValueError("config.policies and config.budgets must each name at least one; the full cache is there beside them")
     if config.samples < 1 or config.piece < 1:
         raise ValueError(f"config.samples and config.piece must be at least 1, got {config.samples} and {config.piece}")
     if config.tokens < config.piece or config.tokens % config.piece:

@@ -1,6 +1,7 @@
 """Several processes as one program: how they find each other, which of them writes, and what they tell each other."""
 
 import json
+import re
 import signal
 import threading
 from collections.abc import Mapping, Sequence
@@ -18,11 +19,13 @@ def initialize(coordinator_address: str | None = None, num_processes: int | None
     On a TPU pod slice, under SLURM, Open MPI and GKE everything is found out and no argument is needed. Elsewhere (GPUs without a scheduler, processes on
     one CPU) all three are: "host:port" of process 0, how many processes there are, and which of them this is, from 0.
 
-    Raises ValueError if the processes cannot be found out and an argument is missing.
+    Raises ValueError if the processes cannot be found out and an argument is missing, and for an address without a port.
     """
     given = (coordinator_address, num_processes, process_id)
     if given != (None, None, None) and None in given:
         raise ValueError("give coordinator_address, num_processes and process_id all three, or none of them where they are found out (TPU, SLURM, GKE)")
+    if coordinator_address is not None and not re.fullmatch(r".+:\d+", coordinator_address):
+        raise ValueError(f"coordinator_address must be host:port, as in localhost:9911, got {coordinator_address!r}")  # JAX dies of a segmentation fault
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # what processes on CPUs talk through; other devices do not ask
     try:
         jax.distributed.initialize(coordinator_address, num_processes, process_id)

@@ -70,7 +70,9 @@ class RunFolder:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def keep_metrics(self, records: list[dict]) -> None:
-        """Replaces metrics.jsonl, when a resumed run starts before the last record."""
+        """Replaces metrics.jsonl, when a resumed run starts before the last record. Where none stays the run is this code's alone."""
+        if not records:
+            self._commit = commit()
         if is_primary():
             replace_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
@@ -182,7 +184,12 @@ def check_same(stored: dict, config: dict, free: Collection[str], what: str) -> 
     differing = [name for name in (now | before) if before.get(name, missing) != now.get(name, missing)]
     if differing:
         changes = ", ".join(f"{name} is {before.get(name, missing)!r} there and {now.get(name, missing)!r} here" for name in differing)
-        raise ValueError(f"{what}: {changes}; give a new workdir, or that config")
+        remedy = "give a new workdir"
+        if any(not name.startswith("inputs.") for name in differing):
+            remedy += ", or that config"
+        if any(name.startswith("inputs.") and name != "inputs.program" for name in differing):  # digests, which nobody can give
+            remedy += ", or put back the files that it began with"
+        raise ValueError(f"{what}: {changes}; {remedy}")
 
 
 def processor() -> str:
@@ -194,8 +201,11 @@ def processor() -> str:
 
 def commit() -> str:
     """The checkout's commit, with "+" if files differ from it; "unknown" outside a checkout."""
-    here = pathlib.Path(__file__).parent
+    here = pathlib.Path(__file__).resolve().parent
     try:
+        top = subprocess.run(["git", "rev-parse", "--show-toplevel"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        if pathlib.Path(top).resolve() != here.parent:
+            return "unknown"  # installed inside of a repository that is another's
         head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
         dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -66,6 +66,16 @@ def test_mistakes_are_found_before_a_model_is_looked_for(tmp_path, arguments, me
     "arguments, message",
     [
         (["stream", "--config=configs/stream.py:story", "--config.budgets=(0.125,)"], "config.budgets must be whole numbers of tokens per stream, got 0.125"),
+        (["stream", "--config=configs/stream.py:story", "--config.policies=()"], "config.policies and config.budgets must each name at least one"),
+        (["stream", "--config=configs/stream.py:story", "--config.kind=storys"], "unknown kind of stream 'storys': did you mean story?"),
+        (["stream", "--config=configs/stream.py:story", "--config.temperature=-1"], "temperature must be 0 (greedy) or more, got -1.0"),
+        (["hindsight", "--config=configs/eval_prose.py", "--config.budgets=(0.0001,)"], "must be at least one token of a context of 1024, got 0.0001"),
+        (["hindsight", "--config=configs/eval_prose.py", "--config.budgets=()"], "config.lengths and config.budgets must each name at least one"),
+        (["evaluate", "--config=configs/eval_needles.py", "--config.prefill_chunk=0"], "policies that read a context whole are named in config.one_shot"),
+        (["dilution", "--config.budget=0"], "config.budget must be a whole number of at least 1, got 0"),
+        (["dilution", "--config.distractors=()"], "config.distractors must be numbers of at least 1, and one of them or more"),
+        (["ablate", "--config=configs/ablations.py", "--config.seeds=(0, -1)"], "seed must be a whole number from 0 to 2**32 - 1, got -1"),
+        (["ablate", "--config=configs/ablations.py", "--config.order=()"], "config.order and config.seeds must each name at least one"),
         (["ablate", "--config=configs/ablations.py", "--config.evaluate.policies=('retension',)"], "unknown policy 'retension': did you mean retention"),
     ],
 )

@@ -72,6 +72,9 @@ def check_numbers(config: ConfigDict) -> None:
     for name, least in {"samples": 1, "batch_size": 1, "max_new_tokens": 1, "continuation": 2, "seed": 0}.items():
         if not is_whole(config[name], least):
             raise ValueError(f"config.{name} must be a whole number of at least {least}, got {config[name]!r}")
+    if not is_whole(config.prefill_chunk, 1):
+        given = config.prefill_chunk
+        raise ValueError(f"config.prefill_chunk must be at least 1 token, got {given!r}; policies that read a context whole are named in config.one_shot")
     for length in config.lengths:
         if not is_whole(length, 1):
             raise ValueError(f"config.lengths must be whole numbers of tokens, got {length!r}")

@@ -110,7 +110,7 @@ def plot_scores(rows: Sequence[dict], path: pathlib.Path) -> None:
 def plot_lengths(rows: Sequence[dict], path: pathlib.Path) -> None:
     """A panel a task and budget: score (of prose KL) against the context's length, a line a policy and scope with 95 % intervals, the full cache in each.
 
-    Of tasks and budgets that rows have at several lengths; without one there is no picture. Runs as in `plot_scores`.
+    Of tasks and budgets that rows have at several lengths; without one there is no picture, and an earlier one goes. Runs as in `plot_scores`.
     """
     tasks: dict[str, list[dict]] = {}
     for row in rows:
@@ -122,6 +122,7 @@ def plot_lengths(rows: Sequence[dict], path: pathlib.Path) -> None:
         if len({row["length"] for row in task if row["budget"] == budget}) > 1
     }  # fmt: skip
     if not own:
+        path.unlink(missing_ok=True)
         return
     figure, axes = grid(len(own))
     drawn = list(dict.fromkeys(policy for lines in own.values() for policy in lines))
@@ -156,7 +157,7 @@ def draw_line(axis, at: str, rows: Sequence[dict], name: str, names: Sequence[st
     # Apart by a little, so that intervals do not cover each other.
     x = np.array([row[at] for row in rows]) * (1 + 0.1 * (number / len(names) - 0.5))
     errors = [y - [row["low"] for row in rows], [row["high"] for row in rows] - y] if "low" in rows[0] else None
-    axis.errorbar(x, y, errors, marker="o", markersize=3, elinewidth=0.6, label=name, **style(name, number))
+    axis.errorbar(x, y, errors, marker="o", markersize=3, elinewidth=0.6, label=name, **style(name, names))
 
 
 def close_with_legend(figure, path: pathlib.Path) -> None:
@@ -167,14 +168,15 @@ def close_with_legend(figure, path: pathlib.Path) -> None:
     plt.close(figure)
 
 
-def style(name: str, number: int) -> dict:
-    """The learned policy stands out, and the full cache stays behind."""
+def style(name: str, names: Sequence[str]) -> dict:
+    """How one line among those of `names` looks. The learned policy stands out, each line of it with dashes of its own, and the full cache stays behind."""
     if name.split()[0] == "full":
         return dict(color="0.3", linestyle="--", linewidth=1)
     if name.split()[0] == "retention":
-        return dict(linewidth=2.5, color="tab:red", zorder=3)
+        rank = [one for one in names if one.split()[0] == "retention"].index(name)
+        return dict(linewidth=2.5, color="tab:red", zorder=3, linestyle=("-", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))[rank % 4])
     others = plt.cm.tab20.colors[:6] + plt.cm.tab20.colors[7:]  # without that red
-    return dict(linewidth=1, color=others[number % len(others)])
+    return dict(linewidth=1, color=others[names.index(name) % len(others)])
 
 
 def plot_heads(records: Sequence[dict], path: pathlib.Path) -> None:
@@ -204,9 +206,9 @@ def plot_distance(records: Sequence[dict], path: pathlib.Path) -> None:
         if record["cell"]["budget"] == smallest:
             shares.setdefault(label(record["cell"]), []).append(record["kept_by_distance"])
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    for number, (name, share) in enumerate(shares.items()):
+    for name, share in shares.items():
         share = np.mean(share, axis=0)
-        axis.plot((np.arange(len(share)) + 0.5) / len(share), share, label=name, **style(name, number))
+        axis.plot((np.arange(len(share)) + 0.5) / len(share), share, label=name, **style(name, list(shares)))
     axis.set(xlabel="distance from the newest token, share of the context", ylabel=f"share kept at budget {smallest:g}")
     axis.legend(fontsize=7)
     figure.savefig(path, dpi=130)
@@ -238,11 +240,11 @@ def plot_streams(rows: Sequence[dict], path: pathlib.Path) -> None:
     figure, axes = plt.subplots(2, len(budgets), figsize=(1.5 + 4 * len(budgets), 7), squeeze=False, sharex=True, sharey="row", layout="constrained")
     for column, budget in enumerate(budgets):
         for axis, measure in zip(axes[:, column], ("loss", "kl"), strict=True):
-            for number, policy in enumerate(["full", *policies]):
+            for policy in ("full", *policies):
                 own = [row for row in rows if row["policy"] == policy and row["budget"] in (budget, None)]
                 if policy != "full" or measure == "loss":
                     middle = [(row["from"] + row["to"]) / 2 for row in own]
-                    axis.plot(middle, [row[measure] for row in own], marker="o", markersize=3, label=policy, **style(policy, number))
+                    axis.plot(middle, [row[measure] for row in own], marker="o", markersize=3, label=policy, **style(policy, ["full", *policies]))
             axis.set_ylabel({"loss": "next-token loss, nats", "kl": "KL to the full cache, nats"}[measure])
         axes[0, column].set_title(f"{budget} tokens per stream", fontsize=9)
         axes[1, column].set(xlabel="token of the stream", yscale="log")

@@ -53,7 +53,7 @@ def without_marks(text: str) -> str:
 
 def read(path: str | os.PathLike) -> str:
     """A text file as it is, but for the ends of its lines. Raises FileNotFoundError, and ValueError for one that is not UTF-8 or holds no text."""
-    with open(path, "rb") as file:
+    with open(os.path.expanduser(path), "rb") as file:
         raw = file.read()
     try:
         text = raw.decode("utf-8-sig").replace("\r\n", "\n")

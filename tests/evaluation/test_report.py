@@ -105,6 +105,10 @@ def test_the_program(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "leaderboard.md").read_text() == done.stdout.removesuffix("\n")
     assert (tmp_path / "out" / "leaderboard.png").stat().st_size > 10_000
+    (tmp_path / "b" / "run_meta.json").rename(tmp_path / "meta.json")
+    (tmp_path / "b" / "run_meta.json").write_text('{"commit": "aaaaaaa"}')  # as it is while a run goes on
+    failed = subprocess.run([*command, f"--runs={tmp_path / 'a'},{tmp_path / 'b'}"], capture_output=True, text=True)
+    assert failed.returncode != 0 and f"{tmp_path / 'b'} has not come to its end" in failed.stderr
     (tmp_path / "b" / "results.csv").unlink()
     failed = subprocess.run([*command, f"--runs={tmp_path / 'a'},{tmp_path / 'b'}"], capture_output=True, text=True)
     assert failed.returncode != 0 and f"{tmp_path / 'b'} has no results.csv; give --runs folders in which" in failed.stderr
@@ -148,7 +152,8 @@ def test_runs_have_lines_of_their_own(tmp_path, drawn):
 
 
 def test_scores_against_lengths(tmp_path, drawn):
-    """One picture for what several runs have at several lengths; none where every task has one."""
+    """One picture for what several runs have at several lengths; none where every task has one, also no earlier one."""
+    (tmp_path / "lengths.png").write_bytes(b"of other runs")
     plots.plot_lengths(FIRST, tmp_path / "lengths.png")
     assert not drawn and not (tmp_path / "lengths.png").exists()
     longer = [row_of("retention", 0.25, 0.6, length=4096), row_of("retention", 0.125, 0.5, length=4096), row_of("full", None, 0.4, length=4096)]
@@ -174,6 +179,13 @@ def test_a_line_looks_the_same_in_every_panel(tmp_path, drawn):
             for container in axis.containers:
                 colors.setdefault(container.get_label(), set()).add(container[0].get_color())
         assert len(colors) == 3 and all(len(own) == 1 for own in colors.values()) and len(set.union(*colors.values())) == 3
+
+
+def test_each_line_of_retention_is_told_from_its_others(tmp_path, drawn):
+    rows = [row_of("retention", budget, 0.5, scope=scope) for scope in ("global", "layer", "head") for budget in (0.125, 0.25)]
+    plots.plot_scores([*rows, row_of("window", 0.25, 0.5)], tmp_path / "accuracy.png")
+    looks = {c.get_label(): (c[0].get_color(), c[0].get_linestyle()) for c in drawn[0].axes[0].containers}
+    assert len(set(looks.values())) == 4 and len({color for name, (color, _) in looks.items() if name.startswith("retention")}) == 1
 
 
 def test_what_was_kept(tmp_path, drawn):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import random
 import shutil
 import signal
@@ -23,7 +24,7 @@ from ml_collections import ConfigDict
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from configs import qwen3_1_7b, qwen3_4b, qwen3_8b, smollm2_135m
-from retention import checkpoints, gates
+from retention import checkpoints, gates, runs
 from retention.checkpoints import gates as gates_file
 from retention.distributed import gather_json, initialize, local_rows
 from retention.runs import RunFolder
@@ -497,6 +498,9 @@ def test_two_processes_are_one(folder, tmp_path, axis):
 def test_processes_are_given_whole_or_not_at_all():
     with pytest.raises(ValueError, match="^give coordinator_address, num_processes and process_id all three, or none"):
         initialize("localhost:1234", 2)
+    for address in ("localhost", "localhost:", "localhost:abc", ":9911"):
+        with pytest.raises(ValueError, match=f"^coordinator_address must be host:port, as in localhost:9911, got '{address}'"):
+            initialize(address, 1, 0)
 
 
 def test_gather_json_of_one_process():
@@ -621,8 +625,33 @@ def test_run_folder_is_a_folder_of_one_program(config, tmp_path):
     RunFolder(tmp_path, config, program="evaluate").log(step=0)
     with pytest.raises(ValueError, match="inputs.program is 'evaluate' there and 'hindsight' here; give a new workdir"):
         RunFolder(tmp_path, config, program="hindsight")
+    with pytest.raises(ValueError, match=": inputs.text is 'nothing' there and 'abcd' here; give a new workdir, or put back the files that it began"):
+        RunFolder(tmp_path, config, program="evaluate", text="abcd")
     with pytest.raises(FileExistsError, match="metrics.jsonl is a file; give the path of a folder"):
         RunFolder(tmp_path / "metrics.jsonl", config)
+
+
+def test_a_run_names_the_commits_of_its_records(monkeypatch, config, tmp_path):
+    def finished(commit, *, anew):
+        monkeypatch.setattr(runs, "commit", lambda: commit)
+        run = RunFolder(tmp_path, config)
+        if anew:
+            run.keep_metrics([])
+        run.log(step=0)
+        return run.finish()["commit"]
+
+    assert [finished("a", anew=True), finished("b", anew=False), finished("c", anew=True)] == ["a", "a, b", "c"]
+
+
+def test_the_commit_is_this_checkouts_or_unknown(tmp_path):
+    """Installed inside of a repository of the user's, the package does not take that one's commit for its own."""
+    site = tmp_path / ".venv" / "site-packages"
+    shutil.copytree(pathlib.Path(runs.__file__).parent, site / "retention", ignore=shutil.ignore_patterns("*.safetensors", "__pycache__"))
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    told = subprocess.run([sys.executable, "-c", "from retention import runs; print(runs.__file__, runs.commit())"], cwd=site, capture_output=True, text=True)
+    assert told.stdout.split() == [str(site / "retention" / "runs.py"), "unknown"]
 
 
 def test_a_run_belongs_to_one_process(config, tmp_path):
