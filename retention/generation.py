@@ -74,7 +74,8 @@ def generate(
       policy: a name of retention.policies.names(), options behind a colon ("retention:floor=16"), or a Policy; "full" never evicts.
       scope: what competes for the budget, "global", "layer", "head" or "shared"; None: the policy's own, which of
         retention is "global", with local gates "head".
-      prefill_chunk: tokens between evictions, in prefill and in decoding; None: one-shot prefill, then one eviction.
+      prefill_chunk: tokens between evictions, in prefill and in decoding (there from 16 on rounded down to a multiple of 16); None: one-shot
+        prefill, then one eviction.
       sinks, window: protected first and newest positions; None: the policy's own.
       temperature: 0 is greedy. top_p: sampling keeps the fewest tokens that hold this probability. seed: of the samples, which differ by place in
         the batch and by position too.

@@ -48,7 +48,7 @@ class Plan:
             scores = cache_lib.entry_scores(cache, policy.score_of)
         window = self.window if self.window is not None else policy.window(cache.budget)
         if policy.layer_budgets is not None:
-            layer_budgets = policy.layer_budgets(cache.budget, cache.seen, self.config.layers, self.sinks + window)
+            layer_budgets = policy.layer_budgets_of(cache.budget, cache.seen, self.config.layers, self.sinks + window)
         return cache_lib.select(cache, scores, self.scope, self.sinks, window, policy.floor, layer_budgets, policy.lowest, due)
 
 

@@ -29,7 +29,7 @@ AHEAD = 512  # tokens to come that there is room for at once, where shapes follo
 @dataclasses.dataclass(frozen=True)
 class Stats:
     """kept_entries: live entries over all streams. capacity: the most that may stay, S*M, once a turn has ended; while one is streamed the newest tokens
-    of all streams are there besides. allocated_bytes: of this sequence's cache arrays.
+    of all streams are there besides; of a full cache what there is room for at the moment. allocated_bytes: of this sequence's cache arrays.
     seen_tokens: tokens appended and generated."""
 
     kept_entries: int
@@ -141,7 +141,7 @@ class Rows:
         if policy.hidden:
             layers = self.model.config.layers
             blocks = policy.hidden(layers)
-            if not blocks or not all(is_whole(block) and block < layers for block in blocks):  # XLA would take another
+            if not isinstance(blocks, Sequence) or not blocks or not all(is_whole(block) and block < layers for block in blocks):  # XLA would take another
                 raise ValueError(f"this policy's hidden asks for the outputs of blocks {blocks}; the model's are 0 to {layers - 1}")
         self.window = window
         self.plan = Plan(self.model.config, trained.config if policy.gated else None, policy, scope, sinks, None if callable(window) else window)
@@ -172,12 +172,24 @@ class Rows:
     def _open(self, lengths: Sequence[int]) -> None:
         """The cache, once the first prompts' lengths are known."""
         config, budgets = self.model.config, self.budgets(lengths)
+        if self.plan.policy.layer_budgets:
+            self._check_layers(budgets, lengths)
         slots = config.streams * (max(budgets) if isinstance(self.budget, numbers.Integral) else roomy(max(budgets)))
         dtype = self.model.params["embed"].dtype
         self.cache = cache_lib.init(
             config.layers, config.kv_heads, config.head_dim, budgets, slots, self.width, dtype,
             observations.nothing_noted(config, self.plan.policy, self.batch, dtype),
         )  # fmt: skip
+
+    def _check_layers(self, budgets: Sequence[int], lengths: Sequence[int]) -> None:
+        """Raises ValueError where layers get what the pool has not, or less than is protected in them: others' entries would go, whatever they score."""
+        layers, budget, seen = self.model.config.layers, jnp.asarray(budgets, jnp.int32), jnp.asarray(lengths, jnp.int32)
+        protected = self.plan.sinks + (self.window(budget) if callable(self.window) else self.window)
+        shares = np.asarray(self.plan.policy.layer_budgets_of(budget, seen, layers, protected))
+        least = np.broadcast_to(np.minimum(budget, protected), budget.shape)
+        for own, mean, low in zip(shares, budgets, least, strict=True):
+            if own.sum() != layers * mean or own.min() < low or own.max() > 2 * mean:
+                raise ValueError(f"a policy's layer_budgets must be {mean} on average, here {low} at least and {2 * mean} at most, got {own.tolist()}")
 
     def _room(self, tokens: int) -> None:
         """Makes the write buffer long enough for `tokens`; if it has grown before, by a chunk at least, as turns may be short."""

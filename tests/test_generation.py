@@ -419,6 +419,23 @@ def test_retention_without_gates_is_refused(small):
     rows(bare, 1, None)
 
 
+@pytest.mark.parametrize(
+    "shares, message",
+    [
+        (lambda M, layers: jnp.stack([2 * M] * layers, 1), r"must be 10 on average, here 4 at least and 20 at most, got \[20, 20, 20\]"),  # more than there is
+        (lambda M, layers: jnp.stack([M - 4] * layers, 1), r"got \[6, 6, 6\]"),  # slots that nothing fills
+        (lambda M, layers: jnp.stack([2 * M, M, 0 * M], 1), r"got \[20, 10, 0\]"),  # no room for what is protected
+        (lambda M, layers: jnp.stack([3 * M - 8, 0 * M + 4, 0 * M + 4], 1), r"got \[22, 4, 4\]"),
+        (lambda M, layers: jnp.array([12, 10, 8]), r"layer_budgets must return one number a sequence and layer, an array of shape \(1, 3\), got \(3,\)"),
+    ],
+)
+def test_layer_budgets_are_the_pools(small, shares, message):
+    policy = policies.Policy(lambda stat, *_: stat, scope="head", layer_budgets=lambda budget, seen, layers, protected: shares(budget, layers))
+    run = rows(small, 1, 10, policy, sinks=1, window=3)
+    with pytest.raises(ValueError, match=message):
+        run.append(random_prompts([30]))
+
+
 @pytest.mark.parametrize("policy", ["retention", "kvzip"])
 def test_scoring_is_appending_a_chunk(small, policy):
     more = np.array(random_prompts([16, 16], seed=1))

@@ -264,6 +264,9 @@ def test_an_unknown_name_is_answered_with_the_nearest(name, message):
         (dict(queries=-1), "queries must be a whole number"),
         (dict(moments=True), "moments must be a whole number"),
         (dict(past=None), "past must be a whole number"),
+        (dict(past=3), "a policy's past, 3 tokens, is of hidden states: say in hidden of which blocks"),
+        (dict(lowest=float("nan")), "a policy's lowest must be a score, or -inf for none, got nan"),
+        (dict(lowest=None), "lowest must be a score"),
         (dict(scopes=("global", "nope")), "unknown scope of a policy 'nope'"),
     ],
 )
@@ -272,7 +275,7 @@ def test_what_no_policy_can_be_is_named(changes, message):
         policies.Policy(**{"score": None, **changes})
 
 
-@pytest.mark.parametrize("blocks", [(7,), (0, -1), (), (1.0,)])
+@pytest.mark.parametrize("blocks", [(7,), (0, -1), (), (1.0,), 1])
 def test_blocks_that_a_model_has_not_are_named(small, blocks):
     mine = policies.Policy(score=lambda stat, position, seen: stat, hidden=lambda layers: blocks)
     with pytest.raises(ValueError, match=re.escape(f"asks for the outputs of blocks {blocks}; the model's are 0 to 2")):

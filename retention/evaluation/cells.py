@@ -81,8 +81,8 @@ def check_numbers(config: ConfigDict) -> None:
     for budget in config.budgets:
         if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
             raise ValueError(f"config.budgets must be fractions of the context's tokens or tokens per stream, got {budget!r}")
-    if len({type(budget) for budget in config.budgets if budget == 1}) > 1:
-        raise ValueError("config.budgets has 1, a token per stream, and 1.0, all tokens of a context, which tables cannot tell apart; leave one of them out")
+    if len({isinstance(budget, numbers.Integral) for budget in config.budgets}) > 1:
+        raise ValueError("config.budgets has fractions of a context and tokens per stream, which tables cannot order; give each kind a run of its own")
 
 
 def empty_rows(config: ConfigDict, model: Model, cell: Cell, batch: int) -> Rows:

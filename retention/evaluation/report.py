@@ -35,6 +35,8 @@ def leaderboard(runs: Sequence[tuple[str, dict, dict, Sequence[dict[str, str]]]]
     rows = [{**typed(row), "model": config["model"], "run": name} for name, config, _, table in runs for row in table]
     parts = ["# Leaderboard", "", *(summary(rows, columns) if columns else ()), SHARED, ""]
     for own in panels(rows):
+        if len({row["budget"] > 1 for row in own if row["budget"] is not None}) > 1:
+            raise ValueError(f"{title(own[0])}: these runs have fractions of a context and tokens per stream, which no table can order; report them apart")
         parts += _table(own)
     made = []
     for name, _, meta, _ in runs:

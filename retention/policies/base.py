@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -50,10 +51,10 @@ class Streams(NamedTuple):
 Score = Callable[..., jax.Array]
 
 
-def check_shape(name: str, array, shape: tuple[int, ...]) -> None:
+def check_shape(name: str, array, shape: tuple[int, ...], each: str = "an entry") -> None:
     """Raises ValueError unless what a policy's function `name` has returned is of this shape."""
     if jnp.shape(array) != shape:
-        raise ValueError(f"a policy's {name} must return one number an entry, an array of shape {shape}, got {jnp.shape(array)}; jnp.broadcast_to makes it one")
+        raise ValueError(f"a policy's {name} must return one number {each}, an array of shape {shape}, got {jnp.shape(array)}; jnp.broadcast_to makes it one")
 
 
 def no_stat(written: Written) -> jax.Array:
@@ -68,10 +69,10 @@ class Policy:
 
     score: see `Score`; None never evicts. stat(Written) -> [L,B,T,H] float32: the number stored with each entry when it is written.
     streams: score looks at whole streams. sinks, window: the first and newest positions protected by default (sinks None: as many as the gates were
-    trained with); window may be a function of the budget M. floor: entries every stream keeps whatever the others score (scope global). lowest:
-    entries that are not protected and score below it go even where there is room. scope: what competes for what unless the user says otherwise, one of
-    `scopes`. layer_budgets(budget [B], seen [B], L, sinks + window) -> [B, L] int32: what stands for M in each layer (scope head), M on average, at most
-    2M and no less than is protected; None: M.
+    trained with); window may be a function of the budget M, a number or an array [B]. floor: entries every stream keeps whatever the others score (scope
+    global). lowest: entries that are not protected and score below it go even where there is room. scope: what competes for what unless the user says
+    otherwise, one of `scopes`. layer_budgets(budget [B], seen [B], L, sinks + window) -> [B, L] int32: what stands for M in each layer (scope head), M
+    on average, at most 2M and no less than is protected; None: M.
 
     What the model is asked for, and computes for no other policy: gated: log beta, and so gates. queries: those of this many newest tokens. moments:
     mean and covariance of the queries from this position on. hidden(L): the blocks whose outputs `stat` sees, past: of so many tokens before the new
@@ -111,6 +112,10 @@ class Policy:
                 raise ValueError(f"a policy's {name} must be a function{'' if name == 'stat' else ' or None'}, got {value!r}")
         if not isinstance(self.scopes, tuple) or self.scope not in self.scopes:
             raise ValueError(f"a policy's scopes must be a tuple that holds its scope, {self.scope!r}, got {self.scopes!r}")
+        if not isinstance(self.lowest, numbers.Real) or math.isnan(self.lowest):
+            raise ValueError(f"a policy's lowest must be a score, or -inf for none, got {self.lowest!r}")
+        if self.past and self.hidden is None:
+            raise ValueError(f"a policy's past, {self.past} tokens, is of hidden states: say in hidden of which blocks")
         for scope in self.scopes:
             check_name("scope of a policy", scope, SCOPES)
 
@@ -129,6 +134,12 @@ class Policy:
         score = self.score(stat, position, seen)
         check_shape("score", score, stat.shape)
         return score
+
+    def layer_budgets_of(self, budget: jax.Array, seen: jax.Array, layers: int, protected: int | jax.Array) -> jax.Array:
+        """What `layer_budgets` gives, [B, L]. Raises ValueError for another shape."""
+        shares = self.layer_budgets(budget, seen, layers, protected)
+        check_shape("layer_budgets", shares, (*budget.shape, layers), "a sequence and layer")
+        return shares
 
     def own_scope(self, gates) -> str:
         """What competes for what under a model's gates (None: it has none) unless the user says otherwise: local ones have no scale in common."""

@@ -378,7 +378,7 @@ def test_reasoning_evicts_while_it_decodes(folder, tmp_path):
         (dict(seed=-1), "config.seed must be a whole number of at least 0"),
         (dict(lengths=(256.5,)), "config.lengths must be whole numbers of tokens, got 256.5"),
         (dict(budgets=("a",)), "config.budgets must be fractions of the context's tokens or tokens per stream, got 'a'"),
-        (dict(budgets=(1, 0.5, 1.0)), "config.budgets has 1, a token per stream, and 1.0, all tokens of a context, which tables cannot tell apart"),
+        (dict(budgets=(1, 0.5, 1.0)), "config.budgets has fractions of a context and tokens per stream, which tables cannot order"),
         (dict(tasks=()), "there is nothing to evaluate: config.tasks"),
         (dict(policies=(), baselines=False), "there is nothing to evaluate"),
         (dict(continuation=10**7), "text holds no document of 10000310 tokens"),

@@ -97,6 +97,12 @@ def test_one_table_of_all_tasks(tmp_path):
             leaderboard([first, second], [name])
 
 
+def test_fractions_and_tokens_are_not_put_into_one_order(tmp_path):
+    runs = [write_run(tmp_path / name, [row_of("full", None, 0.7), row_of("window", budget, 0.2)]) for name, budget in (("a", 0.25), ("b", 64))]
+    with pytest.raises(ValueError, match="^needle, 1024 tokens, tiny: these runs have fractions of a context and tokens per stream"):
+        leaderboard(runs)
+
+
 def test_the_program(tmp_path):
     write_run(tmp_path / "a", FIRST)
     write_run(tmp_path / "b", FIRST[:3], seed=4)
