@@ -16,7 +16,7 @@ from tqdm import tqdm
 from experiments import check_arguments
 from retention.evaluation import dilution
 from retention.evaluation.plots import plot_dilution
-from retention.names import is_whole
+from retention.names import check_least, is_whole
 from retention.runs import RunFolder, write_table
 
 DEFAULTS = ConfigDict(
@@ -45,9 +45,7 @@ def problem(key, count: int, samples: int, dim: int, margin: float, spread: floa
 
 def check(config: ConfigDict) -> None:
     """Raises ValueError for what there is no experiment of."""
-    for name, least in {"samples": 2, "budget": 1, "dim": 2, "seed": 0}.items():  # samples: of which a mean has an error
-        if not is_whole(config[name], least):
-            raise ValueError(f"config.{name} must be a whole number of at least {least}, got {config[name]!r}")
+    check_least(config, {"samples": 2, "budget": 1, "dim": 2, "seed": 0})  # samples: of which a mean has an error
     if not config.distractors or not all(is_whole(count, 1) for count in config.distractors):
         raise ValueError(f"config.distractors must be numbers of at least 1, and one of them or more, got {config.distractors}")
 

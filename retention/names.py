@@ -3,7 +3,7 @@
 import difflib
 import math
 import numbers
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 FEW = 20  # names that a sentence can hold beside the nearest
 
@@ -27,6 +27,13 @@ def is_whole(value, least: int = 0) -> bool:
 def is_positive(value) -> bool:
     """Whether `value` is a finite number above 0; True is none."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def check_least(config: Mapping, least: dict[str, int]) -> None:
+    """Raises ValueError for an entry of the config, of those named in `least`, that is no whole number or less than its least."""
+    for name, smallest in least.items():
+        if not is_whole(config[name], smallest):
+            raise ValueError(f"config.{name} must be a whole number of at least {smallest}, got {config[name]!r}")
 
 
 def check_seed(seed) -> None:

@@ -38,7 +38,8 @@ class RunFolder:
 
     def __init__(self, workdir: str | pathlib.Path, config: ConfigDict, free: Collection[str] = (), **inputs: str):
         self.path = pathlib.Path(workdir).expanduser().absolute()
-        self._start, self._commit, self._logged = time.time(), commit(), False
+        self._start, self._here, self._logged = time.time(), commit(), False
+        self._commit = self._here
         self._meta = self.path / "run_meta.json"
         file = self.path / "config.json"
         entries = config.to_dict() | ({"inputs": inputs} if inputs else {})
@@ -49,7 +50,7 @@ class RunFolder:
             self._lock = _lock(self.path / ".lock")
         if file.exists() and self.metrics():
             if self._meta.exists():  # records of several versions of the code name them all
-                self._commit = ", ".join(dict.fromkeys([*json.loads(self._meta.read_text())["commit"].split(", "), self._commit]))
+                self._commit = ", ".join(dict.fromkeys([*json.loads(self._meta.read_text())["commit"].split(", "), self._here]))
             check_same(json.loads(file.read_text()), entries, free, f"workdir {self.path} holds a run with another config (config.json)")
         multihost_utils.sync_global_devices("the run folder was read")  # before it changes
         if is_primary():
@@ -72,7 +73,7 @@ class RunFolder:
     def keep_metrics(self, records: list[dict]) -> None:
         """Replaces metrics.jsonl, when a resumed run starts before the last record. Where none stays the run is this code's alone."""
         if not records:
-            self._commit = commit()
+            self._commit = self._here
         if is_primary():
             replace_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
 
@@ -203,10 +204,10 @@ def commit() -> str:
     """The checkout's commit, with "+" if files differ from it; "unknown" outside a checkout."""
     here = pathlib.Path(__file__).resolve().parent
     try:
-        top = subprocess.run(["git", "rev-parse", "--show-toplevel"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        found = subprocess.run(["git", "rev-parse", "--show-toplevel", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        top, head = found.stdout.splitlines()
         if pathlib.Path(top).resolve() != here.parent:
             return "unknown"  # installed inside of a repository that is another's
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
         dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

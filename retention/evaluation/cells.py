@@ -12,7 +12,7 @@ from retention import cache as cache_lib
 from retention import policies
 from retention.evaluation import tasks
 from retention.model import Model
-from retention.names import check_name, is_whole
+from retention.names import check_least, check_name, is_whole
 from retention.reading import reader
 from retention.rows import Rows
 
@@ -69,9 +69,7 @@ def scoped(cells: Sequence[Cell], model: Model) -> list[Cell]:
 
 def check_numbers(config: ConfigDict) -> None:
     """Raises ValueError for a number of the config that is none, or too small."""
-    for name, least in {"samples": 1, "batch_size": 1, "max_new_tokens": 1, "continuation": 2, "seed": 0}.items():
-        if not is_whole(config[name], least):
-            raise ValueError(f"config.{name} must be a whole number of at least {least}, got {config[name]!r}")
+    check_least(config, {"samples": 1, "batch_size": 1, "max_new_tokens": 1, "continuation": 2, "seed": 0})
     if not is_whole(config.prefill_chunk, 1):
         given = config.prefill_chunk
         raise ValueError(f"config.prefill_chunk must be at least 1 token, got {given!r}; policies that read a context whole are named in config.one_shot")
