@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -108,24 +107,3 @@ class TrainedGates:
     config: GateConfig
     params: dict
     record: dict = dataclasses.field(default_factory=dict)
-
-
-def average(several: Sequence[TrainedGates]) -> TrainedGates:
-    """The mean of each array: one gate, at the cost of one, that ranks better than most of those it is made of (arXiv 2203.05482, uniform).
-
-    Only gates that training led on from the same ones can be averaged; the mean of gates with different starts is no gate, and nothing here can tell.
-    The record has theirs, under "average_of".
-
-    Raises:
-      ValueError: no gates, or gates of different configs or shapes.
-    """
-    if not several:
-        raise ValueError("there are no gates to average; give at least one")
-    first, *others = several
-    for other in others:
-        if other.config != first.config:
-            raise ValueError(f"gates of different kinds cannot be averaged: {first.config} and {other.config}; give those that went on from the same gates")
-        if {name: leaf.shape for name, leaf in other.params.items()} != {name: leaf.shape for name, leaf in first.params.items()}:
-            raise ValueError("gates for models of different shapes cannot be averaged; give those that went on from the same gates")
-    params = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *(one.params for one in several))
-    return TrainedGates(first.config, params, {"average_of": [one.record for one in several]})

@@ -227,25 +227,6 @@ def test_gates_for_another_model(saved, changes, parts):
     one_sentence(caught, path, "are for another model", *parts)
 
 
-@kinds
-def test_an_average_is_each_array_s_mean_and_has_all_records(gate):
-    several = [gates.TrainedGates(gate, spread(gate, seed), {"seed": seed}) for seed in range(3)]
-    average = gates.average(several)
-    assert average.config == gate and average.record == {"average_of": [{"seed": 0}, {"seed": 1}, {"seed": 2}]}
-    for name, leaf in average.params.items():
-        np.testing.assert_allclose(leaf, np.mean([np.asarray(one.params[name], np.float64) for one in several], axis=0), rtol=1e-5, atol=1e-6)
-
-
-def test_what_cannot_be_averaged_is_refused():
-    one = gates.TrainedGates(KINDS["global"], spread(KINDS["global"]))
-    with pytest.raises(ValueError, match="no gates to average"):
-        gates.average([])
-    with pytest.raises(ValueError, match="gates of different kinds cannot be averaged"):
-        gates.average([one, gates.TrainedGates(KINDS["local"], spread(KINDS["local"]))])
-    with pytest.raises(ValueError, match="different shapes"):
-        gates.average([one, dataclasses.replace(one, params=one.params | {"b1": one.params["b1"][1:]})])
-
-
 def test_gates_that_lack_an_array_or_have_one_too_many(saved):
     path, trained = saved
     for params, part in (

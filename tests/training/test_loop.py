@@ -1,6 +1,5 @@
 """Gate training from end to end on a tiny model: what it writes, and that an interrupted run ends as if it had not been."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -240,20 +239,6 @@ def test_exported_gates_are_the_trained_ones(whole, folder, tmp_path):
     assert after.record == {"model": folder.name, **{name: before.record[name] for name in facts}}
     for name, leaf in before.params.items():
         np.testing.assert_array_equal(np.asarray(leaf).astype(dtypes[name]).astype(np.float32), after.params[name], err_msg=name)
-
-
-def test_exporting_several_gates_writes_their_average(whole, folder, tmp_path):
-    file, moved, out = whole / "gates.safetensors", tmp_path / "moved.safetensors", tmp_path / "out.safetensors"
-    shape = checkpoints.load(folder, gates=None).config
-    trained = gates_file.load(file, shape)
-    gates_file.save(moved, dataclasses.replace(trained, params={name: leaf + 0.5 for name, leaf in trained.params.items()}))
-    command = [sys.executable, "-m", "experiments.export", f"--gates={file},{moved}", f"--model={folder}", f"--out={out}"]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    average = gates_file.load(out, shape)
-    for name, leaf in trained.params.items():
-        np.testing.assert_allclose(average.params[name], leaf + 0.25, rtol=1e-3, atol=1e-3, err_msg=name)
-    assert [record["steps"] for record in average.record["average_of"]] == [trained.record["steps"]] * 2
-    assert str(folder.parent).encode() not in out.read_bytes()
 
 
 def test_tokens_that_the_embedding_has_not_are_refused(folder, tmp_path):
