@@ -130,23 +130,23 @@ def append(cache: Cache, keys: jax.Array, values: jax.Array, stat: jax.Array, va
     )
 
 
-def raise_floor(keys: jax.Array, stream: jax.Array, floor: int) -> jax.Array:
-    """Lets every stream keep its top `floor` entries and ranks each of its others by the key `floor` places above it in its stream.
+def floor_mask(keys: jax.Array, stream: jax.Array, k: jax.Array, floor: int) -> jax.Array:
+    """The k [B] of keys [B,N] int32 that stay, as a mask, where every stream keeps its top `floor` entries; stream [B,N] int32 says whose each is.
 
-    A top-k of S*M over the result gives stream s the count that a plain top-k of S*(M-floor) would, plus `floor`: METHOD section 4's floor, with the
-    total exact even where a stream runs short. keys [B,N] int32, stream [B,N] int32.
+    Each of the others is ranked by the key `floor` places above it in its stream. That gives stream s the count that a plain top-k of k - S*floor would,
+    plus `floor`: METHOD section 4's floor, with the total exact even where a stream runs short. Of equal keys in a stream the first stays.
     """
 
-    def raise_row(keys, stream):
-        # Best first within each stream; the stable sort keeps ties in slot order.
+    def mask_row(keys, stream, k):
+        # Best first within each stream: of raised keys that tie, those of the better entries come first too.
         order = jnp.lexsort((~keys, stream))
         keys_sorted, stream_sorted = keys[order], stream[order]
         above = jnp.arange(keys.shape[0]) - floor
         same_stream = (above >= 0) & (stream_sorted[above] == stream_sorted)
         raised = jnp.where(same_stream, keys_sorted[above], HIGHEST)
-        return jnp.zeros_like(keys).at[order].set(jnp.where(keys_sorted > LOWEST, raised, LOWEST))
+        return jnp.zeros(keys.shape, bool).at[order].set(top_k_mask(jnp.where(keys_sorted > LOWEST, raised, LOWEST), k))
 
-    return jax.vmap(raise_row)(keys, stream)
+    return jax.vmap(mask_row)(keys, stream, k)
 
 
 def pool_streams(cache: Cache) -> jax.Array:
@@ -255,7 +255,8 @@ def select(
         keys = jnp.concatenate([keys_of(old_score, cache.position, live), new_keys], axis=1)
         if floor:
             new_stream = jnp.broadcast_to(jnp.repeat(jnp.arange(streams, dtype=jnp.int32), width), (batch, streams * width))
-            keys = raise_floor(keys, jnp.concatenate([pool_streams(cache), new_stream], axis=1), floor)
+            chosen = floor_mask(keys, jnp.concatenate([pool_streams(cache), new_stream], axis=1), streams * cache.budget, floor)
+            keys = jnp.where(chosen, HIGHEST, LOWEST)
     else:
         # Groups of streams that compete among themselves; a group's slots are contiguous, and it owns at most its share of C.
         groups = {"layer": layers, "head": streams, "shared": streams}[scope]

@@ -19,21 +19,24 @@ quick = settings(max_examples=15, deadline=None)
 
 # The parts.
 
-raise_floor = jax.jit(cache_lib.raise_floor, static_argnames="floor")
+floor_mask = jax.jit(cache_lib.floor_mask, static_argnames="floor")
 
 
+@pytest.mark.parametrize("values", [4, 1000])
 @pytest.mark.parametrize("floor", [1, 3])
-def test_raise_floor_shifts_each_stream_by_the_floor(floor):
-    random = np.random.default_rng(0)
-    keys, stream = random.permutation(60).astype(np.int32).reshape(2, 30), random.integers(0, 4, (2, 30), np.int32)
-    keys[:, ::4] = INT_MIN
-    raised = np.asarray(raise_floor(keys, stream, floor=floor))
-    for row in range(2):
-        for s in range(4):
-            mine = [i for i in np.argsort(-keys[row].astype(np.int64), kind="stable") if stream[row, i] == s]
-            wanted = [INT_MAX] * floor + [int(keys[row, i]) for i in mine]
-            for i, key in zip(mine, wanted[: len(mine)], strict=True):
-                assert raised[row, i] == (key if keys[row, i] > INT_MIN else INT_MIN)
+def test_floor_mask_keeps_the_best_of_each_stream(floor, values):
+    """METHOD section 4's rule, with many ties too: a plain top-k of k - S*floor, then in each stream as many as it has there, and `floor`."""
+    random, streams = np.random.default_rng(0), 3
+    stream = np.sort(random.permuted(np.tile(np.repeat(np.arange(streams, dtype=np.int32), 20), (20, 1)), axis=1)[:, :50], axis=1)
+    keys, k = random.integers(0, values, stream.shape).astype(np.int32), random.integers(streams * floor, 25, 20).astype(np.int32)
+    keys[:, ::7] = INT_MIN
+    found = np.asarray(floor_mask(keys, stream, k, floor=floor))
+    for row in range(len(k)):
+        best = sorted((i for i in range(50) if keys[row, i] > INT_MIN), key=lambda i: (-int(keys[row, i]), i))
+        counts = np.bincount([stream[row, i] for i in best[: k[row] - streams * floor]], minlength=streams)
+        kept = [i for s in range(streams) for i in [i for i in best if stream[row, i] == s][: counts[s] + floor]]
+        assert np.flatnonzero(found[row]).tolist() == sorted(kept)
+        assert len(kept) == k[row]
 
 
 # The whole, against lists.

@@ -6,10 +6,11 @@ A policy that is registered is tested here without a line more.
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retention import cache, policies
+from retention import cache, gates, policies, programs
 from retention import rows as rows_lib
 from retention.policies import expected_attention
 from retention.reading import Reading, reader
@@ -144,11 +145,28 @@ def test_a_second_reading_looks_at_the_sinks_that_are_asked_for(small, sinks):
     assert kept(compressed, 0) == kept(once, 0)
 
 
+def arithmetic(lowered):
+    return np.array([lowered.cost_analysis()[name] for name in ("flops", "transcendentals")])
+
+
 def test_what_retention_does_not_need_is_not_there(small):
-    """Nor computed: its programs hold no more than those of a policy that only knows positions, but for the gates."""
-    run = run_of(small, 1, "retention")
-    run.append(random_prompts([40]))
+    """Nor computed: its program's arithmetic is that of a policy that only knows positions, and the gates'."""
+
+    def reading(name):
+        run = run_of(small, 1, name)
+        run._open([40])
+        run._expect(40)
+        arrays = jnp.zeros((1, CHUNK), jnp.int32), jnp.full(1, CHUNK, jnp.int32), run.logits
+        return run, arithmetic(programs.prefill.lower(run.plan, small.params, run.gates, run.cache, *arrays, evict=False))
+
+    run, retention = reading("retention")
     assert run.cache.noted == {} and not run.plan.policy.streams and run.plan.longest == 0
+    # Of a loop over the layers one round is counted, in the programs and here.
+    gate = jax.tree.map(lambda leaf: leaf[0], gates.per_layer(run.gates, small.config, run.plan.gate))
+    h = jnp.zeros((1, CHUNK, small.config.embed_dim))
+    window = reading("window")[1]
+    assert (retention == window + arithmetic(jax.jit(gates.log_beta, static_argnums=2).lower(gate, h, small.config.kv_heads))).all()
+    assert all((reading(name)[1] > window).all() for name in ("h2o", "infokv", "epikv_flat", "expected_attention")), "what others need would show"
 
 
 def test_what_cannot_be_read_together_is_said():

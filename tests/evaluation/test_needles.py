@@ -23,6 +23,18 @@ def texts():
     return text.load("pydoc")
 
 
+def read(context: str, question: str) -> set[str]:
+    """An oracle reader: all that the statements of the question's kind say in the context of what it asks for."""
+    found = set()
+    for kind in (needles.NUMBER, *needles.FACTS.values()):
+        for asked in kind.questions:
+            key = re.match(re.escape("\n\n" + asked).replace(r"\{k\}", "(.+)"), question)
+            for statement in kind.statements if key else ():
+                pattern = re.escape(statement).replace(r"\{k\}", re.escape(key[1])).replace(r"\{v\}", r"([\w' ]+)")
+                found |= {match[1] for match in re.finditer(pattern, context, re.IGNORECASE)}
+    return found
+
+
 @pytest.mark.parametrize("task", needles.TASKS)
 @pytest.mark.parametrize("length", [200, 1000])
 def test_samples(texts, task, length):
@@ -38,7 +50,8 @@ def test_samples(texts, task, length):
         assert len(set(sample.answers)) == len(sample.answers) and len(set(sample.questions)) == len(sample.questions)
         for question in sample.questions:
             assert re.fullmatch(r"\n\n[^\n]+\?<\|im_end\|>\n<\|im_start\|>assistant\n", question)
-        for answer in sample.answers:
+        for question, answer in zip(sample.questions, sample.answers, strict=True):
+            assert read(sample.context, question) == {answer}
             assert sample.context.lower().count(answer.lower()) == 1
             assert not any(answer.lower() in question.lower() for question in sample.questions)
             assert bool(re.search(r"\d", answer)) == (task != "facts")
