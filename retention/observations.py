@@ -154,7 +154,7 @@ def most_received(cache: Cache, layer, sinks: int, first: jax.Array, count: jax.
     return jax.lax.map(of_stream, jnp.arange(q.shape[0] * heads)).reshape(-1, heads, width)
 
 
-def stream_scores(config: Config, policy: Policy, sinks: int, longest: int, cache: Cache) -> tuple[jax.Array, jax.Array]:
+def stream_scores(config: Config, policy: Policy, sinks: int, window: int | jax.Array, longest: int, cache: Cache) -> tuple[jax.Array, jax.Array]:
     """The scores of a policy that looks at whole streams, a layer at a time: of the pool's entries [B, C] and the buffer's [B, S, W]."""
     noted, query_position, moments = cache.noted, None, policy.moments
     if policy.queries:
@@ -169,7 +169,8 @@ def stream_scores(config: Config, policy: Policy, sinks: int, longest: int, cach
             covariance = noted["query_outer"][layer] / count[..., None] - mean[..., None] * mean[..., None, :]
         score = policy.score(
             Streams(
-                **streams._asdict(), seen=cache.seen, sinks=sinks, budget=cache.budget, frequency=rope_frequencies(config)[0],
+                **streams._asdict(), seen=cache.seen, sinks=sinks, window=jnp.broadcast_to(window, cache.seen.shape), budget=cache.budget,
+                frequency=rope_frequencies(config)[0],
                 queries=noted["queries"][layer] if policy.queries else None, query_position=query_position,
                 query_mean=mean, query_covariance=covariance,
             )

@@ -42,11 +42,11 @@ class Plan:
 
     def evict(self, cache: Cache, due: jax.Array | None = None) -> Cache:
         policy, layer_budgets = self.policy, None
+        window = self.window if self.window is not None else policy.window(cache.budget)
         if policy.streams:
-            scores = observations.stream_scores(self.config, policy, self.sinks, self.longest, cache)
+            scores = observations.stream_scores(self.config, policy, self.sinks, window, self.longest, cache)
         else:
             scores = cache_lib.entry_scores(cache, policy.score_of)
-        window = self.window if self.window is not None else policy.window(cache.budget)
         if policy.layer_budgets is not None:
             layer_budgets = policy.layer_budgets_of(cache.budget, cache.seen, self.config.layers, self.sinks + window)
         return cache_lib.select(cache, scores, self.scope, self.sinks, window, policy.floor, layer_budgets, policy.lowest, due)

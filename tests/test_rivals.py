@@ -37,7 +37,7 @@ def streams():
         query_covariance=covariance @ np.swapaxes(covariance, -1, -2),
     )  # fmt: skip
     whole = {name: jnp.int32 for name in ("position", "seen", "budget", "query_position")}
-    return policies.Streams(sinks=0, **{name: jnp.asarray(x, whole.get(name)) for name, x in fields.items()})
+    return policies.Streams(sinks=0, window=jnp.zeros(B, jnp.int32), **{name: jnp.asarray(x, whole.get(name)) for name, x in fields.items()})
 
 
 GIVEN = streams()
@@ -105,14 +105,16 @@ def test_tova_is_the_mean_over_all_heads_of_the_last_query():
     assert_scores(tova.score(last), lambda b, h: np.mean([votes(GIVEN, b, head)[:, -1].mean(axis=0) for head in range(H)], axis=0))
 
 
-def test_ada_snapkv_lifts_each_streams_best_share():
-    floor, window = 0.5, 4
-    found = np.asarray(ada_snapkv.score(GIVEN, 5, window, floor))
+@pytest.mark.parametrize("sinks, window", [(0, 4), (2, 0)])
+def test_ada_snapkv_lifts_each_streams_best_share(sinks, window):
+    """Those that are protected where it runs, which may be others than its own, come first."""
+    floor = 0.5
+    found = np.asarray(ada_snapkv.score(GIVEN._replace(sinks=sinks, window=jnp.full(B, window)), 5, floor))
     plain = np.asarray(snapkv.score(GIVEN, 5))
     for b, h in EACH:
         n, safe = LENGTHS[b], int(floor * int(GIVEN.budget[b]))
         position = numpy_of(GIVEN, b, h)[0]
-        order = sorted(range(n), key=lambda i: (position[i] < int(GIVEN.seen[b]) - window, -plain[b, h, i]))
+        order = sorted(range(n), key=lambda i: (sinks <= position[i] < int(GIVEN.seen[b]) - window, -plain[b, h, i]))
         assert set(np.flatnonzero(np.isinf(found[b, h, :n]))) == set(order[:safe])
         rest = order[safe:]
         np.testing.assert_array_equal(found[b, h, rest], plain[b, h, rest])

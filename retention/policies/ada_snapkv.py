@@ -9,14 +9,14 @@ from retention.policies import snapkv
 from retention.policies.base import Policy, Streams
 
 
-def score(streams: Streams, kernel: int, window: int, floor: float) -> jax.Array:
+def score(streams: Streams, kernel: int, floor: float) -> jax.Array:
     """SnapKV's; each stream's best `floor` of the budget, its protected entries counted, outrank all that is not protected.
 
     So in kvpress; the authors' own code takes `floor` of what is left beside the window, so that at small budgets more of a stream is safe there.
     """
     scores = snapkv.score(streams, kernel)
-    newest = streams.position >= (streams.seen - window)[:, None, None]
-    ranked = jnp.where(streams.live, jnp.where(newest, jnp.inf, scores), -jnp.inf)
+    protected = (streams.position < streams.sinks) | (streams.position >= (streams.seen - streams.window)[:, None, None])
+    ranked = jnp.where(streams.live, jnp.where(protected, jnp.inf, scores), -jnp.inf)
     rank = jnp.argsort(jnp.argsort(-ranked, axis=-1), axis=-1)
     safe = jnp.maximum(1, jnp.floor(floor * streams.budget))[:, None, None]
     return jnp.where(rank < safe, jnp.inf, scores)
@@ -27,5 +27,5 @@ def policy(window: int = 32, kernel: int = 7, floor: float = 0.2) -> Policy:
     snapkv.check(window, kernel)
     if not 0 <= floor <= 1:
         raise ValueError(f"floor must be a share of the budget in [0, 1], got {floor}")
-    rank = functools.partial(score, kernel=kernel, window=window, floor=floor)
+    rank = functools.partial(score, kernel=kernel, floor=floor)
     return Policy(rank, streams=True, queries=window, window=window, scope="layer", scopes=("layer", "global"))

@@ -37,6 +37,7 @@ class Streams(NamedTuple):
     values: jax.Array  # [B, H, N, D]
     seen: jax.Array  # [B] int32
     sinks: int  # first positions that are protected
+    window: jax.Array  # [B] int32, newest positions that are protected
     budget: jax.Array  # [B] int32
     frequency: jax.Array  # [D/2] float32, of RoPE
     queries: jax.Array | None  # [B, Q, H, G, D] after RoPE, of the newest Q tokens (queries)
