@@ -130,6 +130,7 @@ class Rows:
         self.logits = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
         # Of each sequence, as the host counts them, so that it is alone what it is in company: tokens in all, those in the write buffer and how many may be.
         self.seen, self.buffered, self.limit = np.zeros(batch, np.int64), np.zeros(batch, np.int64), np.full(batch, self.width)
+        self.unread: list[list[int]] = [[]] * batch  # of a policy that rereads: a question that waits for its answer, and the answer so far
         self.warned = False
         self.settled = True  # the write buffer is empty, or the full cache
         self.whole = True  # nothing was broken off midway
@@ -244,6 +245,7 @@ class Rows:
         """Ends a decode, finished or abandoned, with a selection: the buffer is then free for the next tokens."""
         with self._whole():
             if self.evicts and not self.settled:
+                self._read_again(np.full(self.batch, True))
                 self._evict()
             self.settled = True
 
@@ -277,6 +279,8 @@ class Rows:
         elif self.one_shot:
             self._room(max(lengths) + chunk)
         rereads = self.plan.policy.reread > 0
+        if rereads and self.evicts and answer is not None:
+            self.unread = [list(prompt) for prompt in prompts]
         beside = []
         for begin in range(0, max(lengths), chunk):
             left = max(lengths) - begin
@@ -338,6 +342,13 @@ class Rows:
             stat = programs.reread(self.plan, self.model.params, self.cache, tokens, valid, skipped, first, count)
             self.cache = self.cache._replace(buffer_stat=stat)
 
+    def _read_again(self, due: np.ndarray) -> None:
+        """Reads what is unread of the sequences that are `due` [B] for an eviction."""
+        read = [own if now else [] for own, now in zip(self.unread, due, strict=True)]
+        if any(read):
+            self._reread(read)
+        self.unread = [[] if now else own for own, now in zip(self.unread, due, strict=True)]
+
     def fork(self) -> "Rows":
         """The same sequences, to go on by themselves."""
         self.check_whole()
@@ -376,6 +387,7 @@ class Rows:
                 # A sequence that has ended is still written behind its last entry: over it, were there no room.
                 full = self.buffered == self.cache.buffer_position.shape[1]
                 due = (~ended | full) & (self.buffered + self.piece > self.limit)
+                self._read_again(due)
                 self.cache, self.logits, done, tokens = programs.decode(
                     self.plan, self.model.params, self.gates, self.cache, self.logits, done, due, keys, steps, float(temperature), float(top_p), stop,
                     piece=self.piece, evicts=self.evicts,
@@ -383,6 +395,7 @@ class Rows:
                 tokens, ended = np.asarray(tokens), np.asarray(done)
                 fed = (tokens >= 0).sum(axis=1)
                 self._saw(fed)
+                self.unread = [own and own + row[row >= 0].tolist() for own, row in zip(self.unread, tokens, strict=True)]
                 self.buffered, self.limit = np.where(due, 0, self.buffered) + fed, np.where(due, self.width, self.limit)
             yield tokens
             if ended.all():

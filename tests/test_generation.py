@@ -136,12 +136,26 @@ def test_a_question_is_whole_until_it_is_answered(small, policy):
         visible = record.visible[row, :, :, :total, :total]
         asked = slice(len(prompt), total - steps)
         assert visible[:, :, total - steps : total - steps + 16, asked].all()
-        assert policy == "kvzip" or not visible[:, :, total - 1, asked].all()  # KVzip lets what it has not read again outrank all else
+        assert not visible[:, :, total - 1, asked].all()
         expected = masked_full_logits(small, record.tokens[row], visible)[total - steps :]
         assert np.abs(np.stack(record.logits[row]) - expected).max() <= 1e-5 * np.ptp(expected)
 
 
-OTHERS = (("layer", "keydiff"), ("head", "pyramidkv"), ("head", "rkv"))
+def test_kvzip_reads_a_question_and_its_answer_again_before_they_compete(small):
+    """As were they appended: else they would outrank the context, turn after turn."""
+    contexts, questions = random_prompts([50, 33]), random_prompts([20, 9])
+    asked, told = (rows(small, 2, 12, "kvzip", None, 64) for _ in range(2))
+    for run in (asked, told):
+        run.append(contexts)
+    asked.append(questions, answer=30)
+    answers = asked.decode_all(30, 0.0, 1.0, 0, stop=())
+    told.append([question + answer for question, answer in zip(questions, answers, strict=True)])
+    for row in range(2):
+        for layer, other in zip(kept(asked, row), kept(told, row), strict=True):
+            assert [stream.tolist() for stream in layer] == [stream.tolist() for stream in other]
+
+
+OTHERS = (("layer", "keydiff"), ("head", "pyramidkv"), ("head", "rkv"), ("global", "kvzip"))
 
 
 @pytest.mark.parametrize("scope, policy", [("global", "retention"), *(pytest.param(*one, marks=pytest.mark.slow) for one in OTHERS)])

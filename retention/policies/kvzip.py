@@ -17,7 +17,8 @@ def stat(written: Written) -> jax.Array:
 def score(stat: jax.Array, position: jax.Array, seen: jax.Array) -> jax.Array:
     """The most attention that any query of the second reading paid the entry, over its query heads.
 
-    The paper says nothing of generated tokens, which are not read again: they stay before all others, the newest first (exact up to position 2^23).
+    The paper says nothing of generated tokens. With a question that competes once it is answered they are read again as part of it; others are not, and
+    stay before all others, the newest first (exact up to position 2^23).
     """
     return jnp.where(stat == UNREAD, 1 + position * 2.0**-23, stat)
 
