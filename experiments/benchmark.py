@@ -13,7 +13,6 @@ The times of a busy machine are worth nothing; the ratios hold as long as both s
 
 import importlib.util
 import pathlib
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from configs import smollm2_135m
-from experiments import check_arguments
+from experiments import check_arguments, policy_names
 from pallas_kernels import operations
 from retention import bench, checkpoints, compiled, gates, policies
 from retention import model as model_lib
@@ -113,7 +112,7 @@ SUITES = {
     "kernels": kernels,
     "end_to_end": lambda: beside_theirs(bench.rows),
     "decoding": lambda: beside_theirs(bench.decoding_rows),
-    "compression": lambda: bench.compression_rows("smollm2-135m", re.split(",(?![a-z_]+=)", POLICIES.value)),  # but for commas between options
+    "compression": lambda: bench.compression_rows("smollm2-135m", policy_names(POLICIES.value)),
     "serving": serving,
     "training": lambda: training_bench.rows(smollm2_135m.get_config("long")),
 }

@@ -50,6 +50,12 @@ def check_text(model: Model, text: str, name: str) -> None:
         raise ValueError(f"{name} is empty; give at least one character")
 
 
+def check_tokens(tokens: Sequence[int], name: str) -> None:
+    """Raises ValueError for a text of which the tokenizer makes nothing: there would be no prediction to go on from."""
+    if not tokens:
+        raise ValueError(f"{name} holds no character that the model's tokenizer knows; give another text")
+
+
 def generate(
     model: Model,
     prompts: Sequence[str],
@@ -69,8 +75,8 @@ def generate(
 
     Args:
       prompts: texts, raw unless `chat`, which puts each into the model's chat template as a user's turn, without the names of special tokens in it.
-      budget: M, tokens per stream on average (int); a fraction in (0, 1] of each prompt's tokens (float); None: the full cache. As many tokens as
-        the model was trained for, or more, are the full cache too.
+      budget: M, tokens per stream on average (int); a fraction in (0, 1] of each prompt's tokens, and one at least (float); None: the full cache. As
+        many tokens as the model was trained for, or more, are the full cache too.
       policy: a name of retention.policies.names(), options behind a colon ("retention:floor=16"), or a Policy; "full" never evicts.
       scope: what competes for the budget, "global", "layer", "head" or "shared"; None: the policy's own, which of
         retention is "global", with local gates "head".
@@ -92,7 +98,10 @@ def generate(
     rows = Rows(model, len(prompts), budget, policy, scope, prefill_chunk, sinks, window)
     for i, prompt in enumerate(prompts):
         check_text(model, prompt, f"prompts[{i}]")
-    rows.append([model.tokenizer.encode(model.tokenizer.opening(prompt) if chat else prompt) for prompt in prompts])
+    encoded = [model.tokenizer.encode(model.tokenizer.opening(prompt) if chat else prompt) for prompt in prompts]
+    for i, own in enumerate(encoded):
+        check_tokens(own, f"prompts[{i}]")
+    rows.append(encoded)
     tokens = rows.decode_all(max_new_tokens, temperature, top_p, seed, model.tokenizer.eos_ids)
     return [Generation(model.tokenizer.decode(row), row, rows.stats(i)) for i, row in enumerate(tokens)]
 
@@ -139,6 +148,7 @@ class Session:
         tokens, start = model.tokenizer.encode(text, bos=first), model.tokenizer.encode("")
         if not first and tokens[: len(start)] == start:  # what begins a text stands once, also where the template writes it
             tokens = tokens[len(start) :]
+        check_tokens(tokens, "text")
         self._rows.append([tokens])
         if chat:
             self._chatting = self._open = True

@@ -369,8 +369,13 @@ class Rows:
         self.logits, self.seen = logits, np.asarray(cache.seen, np.int64)
 
     def decode(self, max_new_tokens: int, temperature: float, top_p: float, seed: int, stop: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yields [B, piece] tokens at a time, -1 past a sequence's end, until all have ended or have max_new_tokens; then a selection follows."""
+        """Yields [B, piece] tokens at a time, -1 past a sequence's end, until all have ended or have max_new_tokens; then a selection follows.
+
+        Raises ValueError where the logits are no numbers, of which the first token would be taken.
+        """
         self.check_whole()
+        if not jnp.isfinite(self.logits).all():
+            raise ValueError(f"the model's logits are NaN or infinite: its weights are damaged, or beyond {self.cache.keys.dtype}; load it anew")
         done, ended = jnp.zeros(self.batch, bool), np.zeros(self.batch, bool)
         keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(self.batch))
         stop = jnp.asarray(list(stop) or [-1], jnp.int32)

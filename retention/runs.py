@@ -33,7 +33,8 @@ class RunFolder:
     depend on besides, such as the program that writes them and `digest`s of what it reads; config.json holds them too.
 
     Raises ValueError if the folder holds a run with another config or other inputs. One that has logged nothing yet does not count, for what failed at
-    the start is started again with a corrected config; FileExistsError where `workdir` is a file; RuntimeError while another process is at that run.
+    the start is started again with a corrected config; FileExistsError where `workdir` is a file, or holds a config.json that is no run's, as a model's
+    folder does; RuntimeError while another process is at that run.
     """
 
     def __init__(self, workdir: str | pathlib.Path, config: ConfigDict, free: Collection[str] = (), **inputs: str):
@@ -47,6 +48,8 @@ class RunFolder:
             raise FileExistsError(f"workdir {self.path} is a file; give the path of a folder, which is made where there is none")
         if is_primary():
             self.path.mkdir(parents=True, exist_ok=True)
+            if file.exists() and not (self.path / ".lock").exists() and not self.metrics():
+                raise FileExistsError(f"workdir {self.path} holds a config.json that is no run's; give another folder")
             self._lock = _lock(self.path / ".lock")
         if file.exists() and self.metrics():
             if self._meta.exists():  # records of several versions of the code name them all

@@ -137,6 +137,14 @@ def test_a_turn_may_begin_with_nothing():
     assert written(tokenizer, chat.encoder(tokenizer)(whole)) == tokenizer.chat(told) + prefix == "Who came?[/INST]Nobody.</s>And then?[/INST]Ann"
 
 
+def test_a_template_may_say_what_we_do():
+    """Words of its own, behind what was said, that stand in questions too."""
+    tokenizer = of_model("qwen3", QWEN3.replace("<|im_end|>", " (the question, context or answer)<|im_end|>"))
+    tail = " (the question, context or answer)<|im_end|>\n"
+    assert tokenizer.turn() == ("<|im_start|>user\n", f"{tail}<|im_start|>assistant\n")
+    assert tokenizer.between() == (f"{tail}<|im_start|>assistant\n", tail[:-1], "\n<|im_start|>user\n")
+
+
 def test_a_model_that_shows_no_turns_is_refused():
     silent = of_model("qwen3")
     silent.chat_template = None

@@ -419,6 +419,14 @@ def test_bad_arguments_are_named(small, arguments, message):
         rows(small, 1, **arguments)
 
 
+def test_logits_that_are_no_numbers_are_refused(small):
+    """Of NaN the first token would be chosen, which may be one that ends."""
+    run = rows(dataclasses.replace(small, params={**small.params, "norm": small.params["norm"] * np.nan}), 2, 12)
+    run.append(random_prompts([9, 5]))
+    with pytest.raises(ValueError, match="the model's logits are NaN or infinite: its weights are damaged, or beyond float32"):
+        run.decode_all(8, 0.0, 1.0, 0, stop=())
+
+
 def test_local_gates_rank_within_each_head(small):
     local = dataclasses.replace(small, gates=gates.TrainedGates(gates.GateConfig("local", width=16), {}))
     assert [rows(local, 1, 12, policy).plan.scope for policy in ("retention", "window", "retention:lookahead=8")] == ["head", "global", "head"]

@@ -370,6 +370,19 @@ def test_bad_input_is_named(model, call, message):
         call(model[0])
 
 
+def test_a_text_of_no_tokens_is_refused(model, monkeypatch):
+    """As SmolLM2's tokenizer, which has no token for some bytes, makes of them: there would be nothing to predict from."""
+    encode = model[0].tokenizer.encode
+    monkeypatch.setattr(model[0].tokenizer, "encode", lambda text, bos=True: [] if text == "\x04" else encode(text, bos))
+    with pytest.raises(ValueError, match=r"prompts\[1\] holds no character that the model's tokenizer knows"):
+        retention.generate(model[0], ["a", "\x04"])
+    session = retention.Session(model[0], budget=0.5)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="text holds no character that the model's tokenizer knows"):
+            session.append("\x04")
+        session.append(STORY)
+
+
 def test_numbers_of_any_kind(model, tmp_path):
     plain = retention.Session(model[0], budget=0.25)
     odd = retention.Session(model[0], budget=fractions.Fraction(1, 4), sinks=np.int64(1))

@@ -21,6 +21,7 @@ from retention.checkpoints.huggingface import read_json
 from retention.runs import digest
 
 END_OF_TEXT = "<|endoftext|>"
+PROBES = ("zq1question", "zq2answer", "zq3message")  # words that no chat template has of its own, to see what it writes around them
 
 # Values of tokenizer.ggml.token_type. The rest (ordinary, unknown, unused, byte) needs no special treatment in a byte-level vocabulary.
 CONTROL, USER_DEFINED = 3, 4
@@ -247,8 +248,7 @@ class Tokenizer:
 
     def turn(self) -> tuple[str, str]:
         """What `chat` puts before a conversation's first user message, and what between it and the answer. Raises ValueError as `chat`."""
-        message = "context"
-        opening, closing = _around(self.chat([{"role": "user", "content": message}]), message)
+        opening, closing = _around(self.chat([{"role": "user", "content": PROBES[0]}]), PROBES[0])
         return opening, closing
 
     def between(self) -> tuple[str, str, str]:
@@ -256,10 +256,10 @@ class Tokenizer:
 
         Raises ValueError as `chat`, and where no token of `eos_ids` ends the answer.
         """
-        roles, said = ("user", "assistant", "user"), ("question", "answer", "context")
-        text = self.chat([{"role": role, "content": content} for role, content in zip(roles, said, strict=True)])
-        before, between = _around(_around(text, said[2])[0], said[1])
-        asked = _around(before, said[0])[1]
+        roles = ("user", "assistant", "user")
+        text = self.chat([{"role": role, "content": content} for role, content in zip(roles, PROBES, strict=True)])
+        before, between = _around(_around(text, PROBES[2])[0], PROBES[1])
+        asked = _around(before, PROBES[0])[1]
         names = [self._tokenizer.id_to_token(token_id) for token_id in self.eos_ids]
         ends = [between.index(name) + len(name) for name in names if name and name in between]
         if not ends:

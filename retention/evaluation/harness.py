@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from retention import cache as cache_lib
-from retention import chat, checkpoints
+from retention import chat, checkpoints, policies
 from retention.checkpoints import arrays
 from retention.evaluation import cells, needles, plots, prose, tasks
 from retention.evaluation.cells import Cell, empty_rows, full_cell
@@ -48,7 +48,7 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
     model, texts = load(config, config.gates)
     table = cells.scoped(table, model)
     cells.check(config, model, table)
-    run = RunFolder(workdir, config, program="evaluate", **inputs(model, texts))
+    run = RunFolder(workdir, config, program="evaluate", **inputs(model, texts, [cell.policy for cell in table]))
     drop_cut_batches(run, config)
     before = run.metrics()
     done = {(Cell(**record["cell"]), record["sample"]) for record in before}
@@ -91,10 +91,13 @@ def load(config: ConfigDict, gates: str | None) -> tuple[Model, list[str]]:
     return model, text.load(config.text)
 
 
-def inputs(model: Model, texts: Sequence[str]) -> dict[str, str]:
-    """What answers depend on beside the config: what tells the weights, the tokenizer, the gates and the texts from others, as their files may change."""
+def inputs(model: Model, texts: Sequence[str], names: Sequence[str] = ()) -> dict[str, str]:
+    """What answers depend on beside the config: what tells the weights, the tokenizer, the gates and the texts from others, as their files may change;
+    and the user's own of these policies, if there are any."""
     gates = [] if model.gates is None else jax.tree.leaves(model.gates.params)
+    foreign = [described.encode() for name in sorted(set(names)) if (described := policies.description(name))]
     return {
+        **({"policies": digest(foreign)} if foreign else {}),
         "weights": arrays.fingerprint(model.params),
         "tokenizer": model.tokenizer.digest(),
         "gates": digest(np.asarray(leaf).tobytes() for leaf in gates),  # as the published runs have it
@@ -297,13 +300,15 @@ def asking_task(config: ConfigDict, model: Model, texts: list[str], task: str, l
     if not task.startswith("longbench"):
         return Asking(Reader(config, model), loaded, contexts)
     behind = [max(len(encode(question)) for question in sample.questions) + config.max_new_tokens for sample in loaded.samples]
+    if min(model.config.max_positions - tokens for tokens in behind) < 2:
+        raise ValueError(f"max_new_tokens {config.max_new_tokens} and the question leave {task} none of the model's {model.config.max_positions} positions")
     cut = [without_middle(context, model.config.max_positions - tokens) for context, tokens in zip(contexts, behind, strict=True)]
     return Asking(Reader(config, model), loaded, cut, [len(context) - len(left) for context, left in zip(contexts, cut, strict=True)])
 
 
 def without_middle(context: list[int], room: int) -> list[int]:
     """The first and the last half of `room` tokens of a context that has more, as LongBench and LongBench v2 cut what a model has no positions for."""
-    half = max(room, 0) // 2
+    half = room // 2
     return context if len(context) <= room else context[:half] + context[len(context) - half :]
 
 

@@ -3,13 +3,10 @@
 import pathlib
 from collections.abc import Sequence
 
-import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
-import numpy as np  # noqa: E402
-
-from retention.evaluation.dilution import mass_bound  # noqa: E402
+from retention.evaluation.dilution import mass_bound
 
 
 def plot_kept(kept: Sequence[Sequence[np.ndarray]], tokens: int, path: str | pathlib.Path, title: str, marks: Sequence[int] = ()) -> None:

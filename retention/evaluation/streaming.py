@@ -58,7 +58,7 @@ def save(folder: pathlib.Path, rows: Mapping[str, Rows], stream: np.ndarray, don
     for name, own in rows.items():
         caches.save(partial / name, *own.state(), {})
     np.save(partial / "stream.npy", stream)
-    before = [path for path in folder.iterdir() if path != partial]
+    before = list(folder.glob("[0-9]*"))
     partial.rename(folder / str(done))
     for path in before:
         shutil.rmtree(path)

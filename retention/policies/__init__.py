@@ -9,6 +9,7 @@ A name may say options behind a colon, arguments of that policy's own function: 
 """
 
 import ast
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -69,6 +70,25 @@ def get(name: str) -> Policy:
     return _made(base, _REGISTRY[base], options)
 
 
+def description(name: str) -> str | None:
+    """What tells a policy that was registered elsewhere from another of the same name: what it declares and its functions' source, as far as Python has
+    it. None for this package's own, which its version tells."""
+
+    def told(value) -> str:
+        if isinstance(value, functools.partial):
+            return f"{told(value.func)} {value.args} {value.keywords}"
+        try:
+            return inspect.getsource(value)
+        except (OSError, TypeError):
+            return ""
+
+    policy = get(name)
+    if name.partition(":")[0] in OWN:
+        return None
+    functions = [told(value) for field in dataclasses.fields(policy) if callable(value := getattr(policy, field.name))]
+    return repr((name, policy.declared(), functions))
+
+
 # Once for each: programs are compiled for the very policy that they are given.
 @functools.cache
 def _made(name: str, make: Callable[..., Policy], options: str) -> Policy:
@@ -111,3 +131,4 @@ register("epikv_band", epikv.band_policy)
 register("epikv_seg", epikv.segment_policy)
 register("infokv", infokv.policy)
 register("retention", retention.policy)
+OWN = frozenset(_REGISTRY)

@@ -65,6 +65,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> gates.TrainedGates
     model = checkpoints.load(config.model, gates=None, dtype=config.dtype, place=place)
     file = run.path / "gates.safetensors"
     if file.exists():
+        if not run.metrics():
+            raise ValueError(f"workdir holds {file.name}, which no run here has written, and where this one's would go; move it, or give another folder")
         return gates_file.load(file, model.config)
     if section.length > model.config.max_positions:
         known = f"beyond the {model.config.max_positions} positions that this model knows"

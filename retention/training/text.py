@@ -26,7 +26,7 @@ def load(source: str) -> list[str]:
     """Documents of one or several comma-separated sources: "pydoc" (the manual inside every CPython) or a path or glob of text files, each read once.
 
     Files named .txt are prose, whose hard line breaks are undone; others, such as .py, keep their lines and indents. Raises FileNotFoundError
-    where no file matches, ValueError for a file that is not UTF-8 or holds no text.
+    where no file matches, ValueError for a folder and for a file that is not UTF-8 or holds no text.
     """
     documents, read_before = [], set()
     for name in (part.strip() for part in source.split(",")):
@@ -52,9 +52,12 @@ def without_marks(text: str) -> str:
 
 
 def read(path: str | os.PathLike) -> str:
-    """A text file as it is, but for the ends of its lines. Raises FileNotFoundError, and ValueError for one that is not UTF-8 or holds no text."""
-    with open(os.path.expanduser(path), "rb") as file:
-        raw = file.read()
+    """A text file as it is, but for the ends of its lines. Raises FileNotFoundError, and ValueError for a folder and for what is not UTF-8 or no text."""
+    try:
+        with open(os.path.expanduser(path), "rb") as file:
+            raw = file.read()
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder; give a text file, or where several may be given a glob such as '{path}/*.txt'") from None
     try:
         text = raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:

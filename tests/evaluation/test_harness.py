@@ -3,6 +3,7 @@
 import copy
 import csv
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -267,6 +268,32 @@ def test_an_interrupted_run_goes_on_and_says_the_same(folder, whole, tmp_path, m
         harness.evaluate(config_of(folder), tmp_path / "cut")
 
 
+def test_a_run_of_another_policy_of_that_name_is_refused(folder, tmp_path, monkeypatch):
+    registry = dict(policies._REGISTRY)
+    monkeypatch.setattr(policies, "_REGISTRY", registry)
+
+    def oldest(stat, position, seen):
+        return -1.0 * position
+
+    def signed(stat, position, seen, sign):
+        return sign * position
+
+    scores = oldest, functools.partial(signed, sign=1.0), functools.partial(signed, sign=-1.0)
+    mine = [policies.Policy(score=oldest, sinks=2), *(policies.Policy(score=score) for score in scores)]
+    told = set()
+    for policy in mine:
+        registry.pop("mine", None)
+        policies.register("mine", policy)
+        told.add(policies.description("mine"))
+    assert len(told) == 4 and policies.description("snapkv:window=16") is None
+    config = config_of(folder, tasks=("needle",), policies=("mine",), one_shot=(), baselines=False, budgets=(0.5,), samples=1)
+    harness.evaluate(config, tmp_path)
+    registry.pop("mine")
+    policies.register("mine", mine[0])
+    with pytest.raises(ValueError, match="inputs.policies is '[0-9a-f]{16}' there and '[0-9a-f]{16}' here"):
+        harness.evaluate(config, tmp_path)
+
+
 def test_a_killed_run_goes_on(folder, whole, tmp_path):
     command = [
         sys.executable, "-m", "experiments.evaluate", "--config=configs/eval_needles.py", f"--workdir={tmp_path / 'run'}",
@@ -444,7 +471,10 @@ def test_longbench_contexts_lose_their_middle(folder, model, tmp_path, seen):
     assert len(asking.contexts[0]) == kept - kept % 2 and asking.dropped == [len(whole) - len(asking.contexts[0]), 0]
     assert asking.contexts[0] == whole[: kept // 2] + whole[-(kept // 2) :] and asking.contexts[1] == encode(short.context, bos=True)
     assert "Ann first" in model.tokenizer.decode(asking.contexts[0]) and "Bob last" in model.tokenizer.decode(asking.contexts[0])
-    assert harness.without_middle([1, 2, 3], -5) == [] and harness.without_middle([1, 2, 3], 3) == [1, 2, 3]
+    assert harness.without_middle([1, 2, 3], 3) == [1, 2, 3]
+    config.max_new_tokens = model.config.max_positions
+    with pytest.raises(ValueError, match=rf"max_new_tokens {config.max_new_tokens} and the question leave longbench_hotpotqa none of the model's"):
+        harness.asking_task(config, model, [], "longbench_hotpotqa", None)
 
 
 def test_a_run_of_other_questions_is_refused(folder, tmp_path, monkeypatch):

@@ -63,6 +63,8 @@ def test_load_errors(tmp_path):
     (tmp_path / "empty.txt").write_bytes("Latin-1 is r\xe9sum\xe9.".encode("latin-1"))
     with pytest.raises(ValueError, match=r"text file .*empty.txt is not UTF-8 \(byte 12\); convert it or leave it out"):
         text.load(f"{tmp_path}/*.txt")
+    with pytest.raises(ValueError, match=f"{tmp_path} is a folder; give a text file, or .* a glob such as '{tmp_path}/\\*.txt'"):
+        text.load(str(tmp_path))
     with pytest.raises(ValueError, match="empty part"):
         text.load("pydoc,")
 

@@ -631,6 +631,19 @@ def test_run_folder_is_a_folder_of_one_program(config, tmp_path):
         RunFolder(tmp_path / "metrics.jsonl", config)
 
 
+def test_a_models_folder_is_no_runs(folder, config, tmp_path):
+    """Its config.json is the model's, which would be lost; and gates that stand there are no run's."""
+    theirs = shutil.copytree(folder, tmp_path / "model")
+    before = (theirs / "config.json").read_bytes()
+    for _ in range(2):
+        with pytest.raises(FileExistsError, match="model holds a config.json that is no run's; give another folder"):
+            loop.train(config, theirs)
+    assert (theirs / "config.json").read_bytes() == before
+    (tmp_path / "gates.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="workdir holds gates.safetensors, which no run here has written"):
+        loop.train(config, tmp_path)
+
+
 def test_a_run_names_the_commits_of_its_records(monkeypatch, config, tmp_path):
     def finished(commit, *, anew):
         monkeypatch.setattr(runs, "commit", lambda: commit)
