@@ -66,7 +66,7 @@ def rows(model: Model, sizes: Sizes = Sizes(), theirs: "Theirs | None" = None) -
     tokens = random_tokens(model, sizes)
     for budget in (sizes.budget, None):
         for length in sizes.long:
-            yield long_row(model, sizes, tokens[:1, :length], budget)
+            yield long_row(model, tokens[:1, :length], budget)
     for batch, context in itertools.product(sizes.batches, sizes.contexts):
         yield from prefill_rows(model, sizes, theirs, tokens[:batch, :context])
     yield from decoding_rows(model, sizes, theirs)
@@ -83,7 +83,7 @@ def random_tokens(model: Model, sizes: Sizes) -> np.ndarray:
     return np.random.default_rng(0).integers(model.config.vocab_size, size=(max(sizes.batches), max(*sizes.contexts, *sizes.long)))
 
 
-def long_row(model: Model, sizes: Sizes, tokens: np.ndarray, budget: int | None) -> dict:
+def long_row(model: Model, tokens: np.ndarray, budget: int | None) -> dict:
     """Reading a long context, once, after compiling: seconds, the process's peak so far, and the cache's bytes against what its entries take."""
     config = model.config
     if budget is not None:  # a short text compiles all; the full cache's programs are those of its length, so that the compiler's seconds are in its own

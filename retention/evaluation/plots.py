@@ -9,8 +9,8 @@ import numpy as np
 from retention.evaluation.dilution import mass_bound
 
 
-def plot_kept(kept: Sequence[Sequence[np.ndarray]], tokens: int, path: str | pathlib.Path, title: str, marks: Sequence[int] = ()) -> None:
-    """One row a stream, (layer, head) from the top; dark where the position is kept. marks: positions to point out, such as a needle's."""
+def plot_kept(kept: Sequence[Sequence[np.ndarray]], tokens: int, path: str | pathlib.Path, title: str) -> None:
+    """One row a stream, (layer, head) from the top; dark where the position is kept."""
     streams = [positions for layer in kept for positions in layer]
     image = np.zeros((len(streams), tokens))
     for stream, positions in enumerate(streams):
@@ -21,8 +21,6 @@ def plot_kept(kept: Sequence[Sequence[np.ndarray]], tokens: int, path: str | pat
     shares = np.add.reduceat(image, edges[:-1], axis=1) / np.diff(edges)
     figure, (axis, side) = plt.subplots(1, 2, figsize=(12, 6), width_ratios=(5, 1), sharey=True, layout="constrained")
     axis.imshow(shares, aspect="auto", cmap="Greys", vmin=0, vmax=1, extent=(0, tokens, len(streams), 0), interpolation="nearest")
-    for mark in marks:
-        axis.axvline(mark, color="tab:red", linewidth=0.8, alpha=0.7)
     heads = len(kept[0])
     axis.set_yticks(np.arange(0, len(streams), heads * 5), [f"layer {i}" for i in range(0, len(kept), 5)])
     axis.set(xlabel="position", title=title)

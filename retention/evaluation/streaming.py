@@ -18,6 +18,8 @@ from retention.evaluation import needles
 from retention.model import Model
 from retention.rows import Rows
 
+ANSWER = 24  # tokens at most, to the question about a stream
+
 
 def stories(count: int, seed: int) -> list[needles.Sample]:
     """`count` conversations that begin with a number to remember and the wish for a long story; the number is asked for when that has been told."""
@@ -75,10 +77,10 @@ def resume(folder: pathlib.Path, rows: Mapping[str, Rows]) -> tuple[np.ndarray |
     return np.load(folder / str(done) / "stream.npy"), done
 
 
-def remembered(rows: Rows, samples: Sequence[needles.Sample], max_new_tokens: int = 24) -> list[bool]:
-    """Whether each of the rows answers its sample's question."""
+def remembered(rows: Rows, samples: Sequence[needles.Sample]) -> list[bool]:
+    """Whether each of the rows answers its sample's question, within ANSWER tokens."""
     tokenizer = rows.model.tokenizer
     encode = encoder(tokenizer)
-    rows.append([encode(sample.questions[0]) for sample in samples], answer=max_new_tokens)
-    said = map(tokenizer.decode, rows.decode_all(max_new_tokens, 0.0, 1.0, 0, tokenizer.eos_ids))
+    rows.append([encode(sample.questions[0]) for sample in samples], answer=ANSWER)
+    said = map(tokenizer.decode, rows.decode_all(ANSWER, 0.0, 1.0, 0, tokenizer.eos_ids))
     return [needles.correct("needle", sample.answers[0], one) for sample, one in zip(samples, said, strict=True)]

@@ -64,6 +64,11 @@ def no_stat(written: Written) -> jax.Array:
     return jnp.zeros((layers, *written.position.shape, heads), jnp.float32)
 
 
+def as_stored(stat: jax.Array, position: jax.Array, seen: jax.Array) -> jax.Array:
+    """The score of policies that know an entry's worth when it is written."""
+    return stat
+
+
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """A ranking of cache entries.

@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from retention.policies.base import Policy, Streams, Written
+from retention.policies.base import Policy, Streams, Written, as_stored
 
 WINDOW = 64  # values that a z-score looks back on
 SEGMENT = 128
@@ -38,10 +38,6 @@ def contrast(written: Written, early: int, weight: float) -> jax.Array:
     z = weight * surprise(written.hidden[:early], written.position) - surprise(written.hidden[early:], written.position)
     layers, *_, heads = written.stream.shape
     return jnp.broadcast_to(z[None, :, :, None], (layers, *z.shape, heads))
-
-
-def score(stat: jax.Array, position: jax.Array, seen: jax.Array) -> jax.Array:
-    return stat
 
 
 def segment_score(streams: Streams) -> jax.Array:
@@ -98,7 +94,7 @@ def band_stat(written: Written) -> jax.Array:
     return contrast(written, early=len(bands(written.stream.shape[0])[0]), weight=1.29)
 
 
-SHARED = Policy(score, flat_stat, window=newest, scope="shared", scopes=("shared",), hidden=flat, past=WINDOW)
+SHARED = Policy(as_stored, flat_stat, window=newest, scope="shared", scopes=("shared",), hidden=flat, past=WINDOW)
 
 
 def flat_policy() -> Policy:

@@ -1,13 +1,6 @@
 """H2O (arXiv 2306.14048): heavy hitters, by the attention they have received so far, and as many newest tokens."""
 
-import jax
-
-from retention.policies.base import Policy
-
-
-def score(stat: jax.Array, position: jax.Array, seen: jax.Array) -> jax.Array:
-    """The attention that all tokens so far have paid the entry, its own included."""
-    return stat
+from retention.policies.base import Policy, as_stored
 
 
 def half(budget):
@@ -15,4 +8,5 @@ def half(budget):
 
 
 def policy() -> Policy:
-    return Policy(score, attended=True, window=half, scope="head")
+    """An entry is worth the attention that all tokens so far have paid it, its own included."""
+    return Policy(as_stored, attended=True, window=half, scope="head")

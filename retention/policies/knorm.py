@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from retention.policies.base import Policy, Written
+from retention.policies.base import Policy, Written, as_stored
 
 
 def stat(written: Written) -> jax.Array:
@@ -11,9 +11,5 @@ def stat(written: Written) -> jax.Array:
     return -jnp.linalg.norm(written.keys.astype(jnp.float32), axis=-1)
 
 
-def score(stat: jax.Array, position: jax.Array, seen: jax.Array) -> jax.Array:
-    return stat
-
-
 def policy() -> Policy:
-    return Policy(score, stat, scope="head")
+    return Policy(as_stored, stat, scope="head")

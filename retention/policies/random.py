@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from retention.names import check_seed
-from retention.policies.base import Policy, Written
+from retention.policies.base import Policy, Written, as_stored
 
 
 def _mix(x: jax.Array) -> jax.Array:
@@ -15,10 +15,6 @@ def _mix(x: jax.Array) -> jax.Array:
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)
-
-
-def score(stat: jax.Array, position: jax.Array, seen: jax.Array) -> jax.Array:
-    return stat
 
 
 def policy(seed: int = 0) -> Policy:
@@ -31,4 +27,4 @@ def policy(seed: int = 0) -> Policy:
         # The top 24 bits: exactly representable, uniform in [0, 1).
         return (mixed >> 8).astype(jnp.float32) / 2**24
 
-    return Policy(score=score, stat=stat)
+    return Policy(as_stored, stat)
