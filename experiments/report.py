@@ -17,6 +17,7 @@ from retention.evaluation.report import leaderboard
 RUNS = flags.DEFINE_list("runs", None, "Run folders of experiments.evaluate, finished ones.")
 OUT = flags.DEFINE_string("out", None, "The folder to write into.")
 COLUMNS = flags.DEFINE_string("columns", "", "Policies with columns of their own in one table of all tasks; none: no such table.")
+NOTE = flags.DEFINE_string("note", "", "A sentence under the title, such as in what runs differ.")
 flags.mark_flags_as_required(["runs", "out"])
 
 
@@ -36,7 +37,7 @@ def main(argv):
             runs.append((str(folder), config, meta, list(csv.DictReader(file))))
     out = pathlib.Path(OUT.value).expanduser()
     out.mkdir(parents=True, exist_ok=True)
-    text, rows = leaderboard(runs, policy_names(COLUMNS.value))
+    text, rows = leaderboard(runs, policy_names(COLUMNS.value), NOTE.value)
     (out / "leaderboard.md").write_text(text)
     plot_scores(rows, out / "leaderboard.png")
     plot_lengths(rows, out / "lengths.png")

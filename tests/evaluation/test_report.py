@@ -88,6 +88,7 @@ def test_one_table_of_all_tasks(tmp_path):
         "| vt, 1024 tokens | 0.300 | - | - | 0.200 | 1 |",
     ]
     assert "scores at" not in leaderboard([first, second])[0]
+    assert leaderboard([first, second], ["retention"], "Runs differ.")[0].startswith("# Leaderboard\n\nRuns differ.\n\n| scores at")
     other = write_run(tmp_path / "c", [row_of("window", 0.5, 0.1, "cwe")])
     for runs in ([first, other], [write_run(tmp_path / "d", [row_of("window", 0.5, 0.1, "prose")])]):
         with pytest.raises(ValueError, match="--columns asks for a table of all tasks, but these runs have no budget in common"):
