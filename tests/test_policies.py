@@ -171,7 +171,7 @@ DEFAULTS = {
     "tova": (("head", 0, 1), dict(streams=True, queries=1), {}),
     "snapkv": (("head", 0, 32), SNAP, dict(kernel=7)),
     "pyramidkv": (("head", 0, 32), SNAP, dict(kernel=7, beta=20)),
-    "ada_snapkv": (("layer", 0, 32), SNAP, dict(kernel=7, window=32, floor=0.2)),
+    "ada_snapkv": (("layer", 0, 32), SNAP, dict(kernel=7, floor=0.2)),
     "knorm": (("head", 0, 0), {}, {}),
     "keydiff": (("head", 0, 0), dict(streams=True), {}),
     "expected_attention": (("head", 4, 0), dict(streams=True, moments=4), dict(future=512)),

@@ -207,10 +207,10 @@ def test_chat_refused():
 
 def test_a_template_that_says_something_else_is_refused():
     for template in ("{{ messages[0].content | upper }}", "{{ messages[0].role }}"):
-        with pytest.raises(ValueError, match="does not write a message as it is: of 'context' it makes"):
+        with pytest.raises(ValueError, match="does not write a message as it is: of 'zq1question' it makes"):
             with_template(template).turn()
     first = with_template("{% for m in messages %}{{ m.content if loop.last else m.content | upper }}{% endfor %}")
-    with pytest.raises(ValueError, match="does not write a message as it is: of 'answer' it makes 'QUESTIONANSWER'"):
+    with pytest.raises(ValueError, match="does not write a message as it is: of 'zq2answer' it makes 'ZQ1QUESTIONZQ2ANSWER'"):
         first.between()
 
 
