@@ -40,7 +40,7 @@ def interval(mean: float, count: int) -> tuple[float, float]:
 
 
 def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
-    """Fills the table; writes metrics.jsonl (a record a question), results.csv, plots and run_meta.json; returns the table's rows.
+    """Fills the table; writes metrics.jsonl (a record a question), results.csv, scores.csv, plots and run_meta.json; returns the table's rows.
 
     What is wrong with the config or a file is found before the first cell: raises as the functions of cells.py, `tasks.load` and `RunFolder` do.
     """
@@ -78,6 +78,7 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
         by_cell[Cell(**record["cell"])].append(record)
     rows = [summarise(config, cell, own, by_cell.get(full_cell(cell.task, cell.length))) for cell, own in by_cell.items()]
     write_table(run.path / "results.csv", rows)
+    write_table(run.path / "scores.csv", [dataclasses.asdict(cell) | by_sample(own) for cell, own in by_cell.items()])
     plots.plot_results(rows, records, run.path)
     run.finish(seed=config.seed)
     return rows
@@ -322,11 +323,11 @@ def prompt_hash(sample: needles.Sample, question: int) -> str:
 
 
 def by_sample(records: list[dict]) -> dict[int, float]:
-    """Each sample's mean score over its questions."""
+    """Each sample's mean score over its questions; its KL where there are none. In scores.csv, so that any two policies of a run can be compared in pairs."""
     scores: dict[int, list[float]] = {}
     for record in records:
-        scores.setdefault(record["sample"], []).append(record["score"])
-    return {sample: float(np.mean(own)) for sample, own in scores.items()}
+        scores.setdefault(record["sample"], []).append(record["score"] if "score" in record else record["kl"])
+    return {sample: round(float(np.mean(own)), 4) for sample, own in sorted(scores.items())}
 
 
 def summarise(config: ConfigDict, cell: Cell, records: list[dict], full: list[dict] | None) -> dict:

@@ -28,9 +28,10 @@ def typed(row: dict[str, str]) -> dict:
 def leaderboard(runs: Sequence[tuple[str, dict, dict, Sequence[dict[str, str]]]], columns: Sequence[str] = (), note: str = "") -> tuple[str, list[dict]]:
     """Markdown, and the rows in it with their numbers, from (name, config.json, run_meta.json, rows of results.csv) of each run.
 
-    `note` stands under the title. With `columns`, `summary` follows. Then a table for each model, task and length: the full cache, then the policies, best at the smallest budget first,
-    with score (prose: KL), 95 % interval and, where results.csv has them, the counts against the full cache at each budget, and the cost at the
-    smallest: seconds a context to read and compress it, to answer, and the cache's MB. Then each run's commit, seed, hardware and command.
+    `note` stands under the title. With `columns`, `summary` follows. Then a table for each model, task and length: the full cache, then the policies, best
+    at the smallest budget first, with score (prose: KL), 95 % interval and, where results.csv has them, the counts against the full cache at each budget,
+    and the cost at the smallest: seconds a context to read and compress it, to answer, and the cache's MB. Then each run's commit, seed, hardware and
+    command.
     """
     rows = [{**typed(row), "model": config["model"], "run": name} for name, config, _, table in runs for row in table]
     parts = ["# Leaderboard", "", *([note, ""] if note else ()), *(summary(rows, columns) if columns else ()), SHARED, ""]

@@ -101,12 +101,16 @@ def test_a_run_writes_its_folder(whole):
     workdir, rows = whole
     names = ("full", "retention", "window")
     assert [(row["task"], row["policy"]) for row in rows] == [(task, name) for task in ("needle4", "kv_turns", "prose") for name in names]
-    files = {".lock", "config.json", "metrics.jsonl", "results.csv", "run_meta.json", "accuracy.png", "kept_by_head.png", "kept_by_distance.png"}
+    files = {".lock", "config.json", "metrics.jsonl", "results.csv", "scores.csv", "run_meta.json", "accuracy.png", "kept_by_head.png", "kept_by_distance.png"}
     assert {file.name for file in workdir.iterdir()} == files
     with open(workdir / "results.csv") as file:
         assert [(row["policy"], row["prefill"], row["question_seen"]) for row in csv.DictReader(file)] == 3 * [
             ("full", "one-shot", "False"), ("retention", "chunks of 64", "False"), ("window", "one-shot", "False"),
         ]  # fmt: skip
+    with open(workdir / "scores.csv") as file:
+        for row, own in zip(rows, csv.DictReader(file), strict=True):
+            assert [own["task"], own["policy"]] == [row["task"], row["policy"]]
+            assert np.mean([float(own[str(sample)]) for sample in range(4)]) == pytest.approx(row["score"] if "score" in row else row["kl"], abs=1e-4)
     meta = json.loads((workdir / "run_meta.json").read_text())
     assert meta["seed"] == 0 and meta["commit"] and meta["command"].startswith("python ") and meta["seconds"] > 0
     for row in rows:
