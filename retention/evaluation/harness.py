@@ -300,10 +300,11 @@ def asking_task(config: ConfigDict, model: Model, texts: list[str], task: str, l
     contexts = [encode(sample.context, bos=True) for sample in loaded.samples]
     if not task.startswith("longbench"):
         return Asking(Reader(config, model), loaded, contexts)
-    behind = [max(len(encode(question)) for question in sample.questions) + config.max_new_tokens for sample in loaded.samples]
-    if min(model.config.max_positions - tokens for tokens in behind) < 2:
+    free = model.config.max_positions - config.max_new_tokens
+    rooms = [free - max(len(encode(question)) for question in sample.questions) for sample in loaded.samples]
+    if min(rooms) < 2:
         raise ValueError(f"max_new_tokens {config.max_new_tokens} and the question leave {task} none of the model's {model.config.max_positions} positions")
-    cut = [without_middle(context, model.config.max_positions - tokens) for context, tokens in zip(contexts, behind, strict=True)]
+    cut = [without_middle(context, room) for context, room in zip(contexts, rooms, strict=True)]
     return Asking(Reader(config, model), loaded, cut, [len(context) - len(left) for context, left in zip(contexts, cut, strict=True)])
 
 
