@@ -383,3 +383,12 @@ def test_dead_slots_never_reach_the_model(small, budget):
     for a, b in zip(clean, spoilt, strict=True):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(clean_tokens, spoilt_tokens)
+
+
+def test_streams_have_their_own_values():
+    valid, stat = np.full(B, T, np.int32), -1.0 - np.random.default_rng(0).integers(0, 9, (L, B, T, H)).astype(np.float32)
+    cache = select(append(cache_lib.init(L, H, D, [4, 4], C, W), *entries(np.zeros(B, int), stat, valid), valid), "global")
+    cache = append(cache, *entries(np.full(B, T), stat, valid), valid)
+    streams = cache_lib.streams_of(cache, 1, C)
+    assert np.any(streams.keys) and streams.live.sum() == (cache.starts[:, 6] - cache.starts[:, 3]).sum() + B * H * T, "of the pool and the buffer"
+    np.testing.assert_array_equal(streams.values, -streams.keys)

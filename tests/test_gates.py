@@ -156,6 +156,9 @@ def test_gradients_of_the_shared_readout_sum_over_layers(gate):
         (dict(kind="globe"), "must be 'global', 'local' or 'linear', got 'globe'"),
         (dict(kind="local", tie_heads=True), "tie_heads belongs to the global gate; a local gate"),
         (dict(kind="linear", tie_heads=True), "tie_heads belongs to the global gate; a linear gate"),
+        (dict(width=0), "gate width must be a whole number of at least 1, got 0"),
+        (dict(width=1.5), "gate width must be a whole number of at least 1, got 1.5"),
+        (dict(sinks=-1), "gate sinks must be a whole number of at least 0, got -1"),
         (dict(bias="8"), "gate bias must be a number, got '8'"),
         (dict(bias=float("inf")), "gate bias must be a number, got inf"),
     ],
@@ -369,3 +372,10 @@ def test_load_refuses_what_does_not_fit(folder, saved, tmp_path):
 def test_logits_want_a_batch_of_tokens(folder, shape):
     with pytest.raises(ValueError, match=r"tokens must be \[B, T\] with T > 0"):
         retention.load(folder).logits(np.zeros(shape, int))
+
+
+def test_a_trunk_that_starts_from_the_data_has_one_scale():
+    params = gates.init(small_config(embed_dim=256), gates.GateConfig(width=64), input_rms=jnp.array([0.5, 1.0, 2.0]))
+    np.testing.assert_allclose(params["w1"].std(axis=(1, 2)), [2 / 16, 1 / 16, 0.5 / 16], rtol=0.05)
+    np.testing.assert_allclose(params["w2"].std(axis=(1, 2)), 1.5 / 8, rtol=0.1)
+    assert gates.GateConfig().width == 512

@@ -354,6 +354,34 @@ def test_other_head_groupings(group):
     np.testing.assert_allclose(run.logits[0], model.logits(np.array(prompt))[0, -1], atol=2e-5)
 
 
+def test_streams_may_outgrow_the_prompt_while_they_are_decoded(small):
+    """Policies see whole streams, which under one budget for all may be longer than any was when the prompt had been read."""
+    config = small.config
+    policy = policies.Policy(  # the first stream keeps its even positions, and the others what is left
+        score=lambda streams: jnp.where(streams.stat == 0, 1000.0 - 2000.0 * (streams.position % 2), 1.0 * streams.position),
+        stat=lambda written: jnp.broadcast_to(written.stream, (config.layers, *written.position.shape, config.kv_heads)).astype(jnp.float32),
+        streams=True,
+    )
+    run = rows(small, 1, 10, policy)
+    run.append(random_prompts([5]))
+    run.decode_all(50, 0.0, 1.0, 0, ())
+    assert kept(run, 0)[0][0].tolist() == list(range(0, 55, 2))
+
+
+def test_a_question_stays_until_its_answer_ends(small):
+    run = rows(small, 1, 12, "knorm", chunk=32)
+    run.append(random_prompts([50]))
+    run.append(random_prompts([10]), answer=20)
+    for _ in run.decode(20, 0.0, 1.0, 0, stop=()):
+        assert all(set(range(50, 60)) <= set(stream.tolist()) for layer in kept(run, 0) for stream in layer)
+
+
+def test_a_budget_may_be_just_what_is_protected(small):
+    run = rows(small, 1, 6, "window", sinks=4, window=2)
+    run.append(random_prompts([30]))
+    assert all(stream.tolist() == [0, 1, 2, 3, 28, 29] for layer in kept(run, 0) for stream in layer)
+
+
 class TestSampling:
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
 
@@ -381,6 +409,7 @@ class TestSampling:
     def test_top_p_keeps_the_fewest_tokens_that_reach_it(self):
         np.testing.assert_allclose(self.draw(1.0, 0.7), [0.625, 0.375, 0, 0], atol=0.04)
         np.testing.assert_array_equal(self.draw(1.0, 0.1), [1, 0, 0, 0])
+        np.testing.assert_array_equal(self.draw(0.5, 0.6), [1, 0, 0, 0])  # of the probabilities at that temperature
 
     def test_a_seed_repeats_and_another_differs(self, small):
         def tokens(seed):
@@ -423,8 +452,12 @@ def test_logits_that_are_no_numbers_are_refused(small):
     """Of NaN the first token would be chosen, which may be one that ends."""
     run = rows(dataclasses.replace(small, params={**small.params, "norm": small.params["norm"] * np.nan}), 2, 12)
     run.append(random_prompts([9, 5]))
-    with pytest.raises(ValueError, match="the model's logits are NaN or infinite: its weights are damaged, or beyond float32"):
-        run.decode_all(8, 0.0, 1.0, 0, stop=())
+    sound = rows(small, 2, 12)
+    sound.append(random_prompts([9, 5]))
+    sound.logits = sound.logits.at[1, 7].set(jnp.inf)  # one of one sequence is enough
+    for one in (run, sound):
+        with pytest.raises(ValueError, match="the model's logits are NaN or infinite: its weights are damaged, or beyond float32"):
+            one.decode_all(8, 0.0, 1.0, 0, stop=())
 
 
 def test_local_gates_rank_within_each_head(small):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retention import policies
+from retention import observations, policies
 from retention.rows import Rows
 
 LOG_BETA = np.array([0.0, -1e-30, -1.5e-8, -1e-6, -1e-3, -0.1, -0.693, -0.694, -3.0, -20.0, -87.0, -400.0], np.float32)
@@ -193,6 +193,11 @@ def test_defaults_are_the_papers(name):
     nothing = dict(streams=False, gated=False, queries=0, moments=None, hidden=None, past=0, entropy=False, attended=False, reread=0)
     assert {field: getattr(policy, field) for field in nothing} | ({"hidden": policy.hidden(32)} if policy.hidden else {}) == nothing | asks
     assert getattr(policy.score, "keywords", {}) | getattr(policy.layer_budgets, "keywords", {}) == numbers
+
+
+def test_windows_that_are_a_share_of_the_budget_end_at_128():
+    assert [int(policies.get("epikv_flat").window(budget)) for budget in (64, 512, 1024)] == [16, 128, 128]
+    assert observations.TOP == 256  # of InfoKV's entropy
 
 
 def test_registry(monkeypatch):

@@ -109,8 +109,8 @@ def test_it_evicts_exactly_within_the_budget_row_by_row(wide, name, scope):
     assert answer(run, 20) == tokens
 
 
-# One that notes, one that only looks at the cache, one that reads twice, and one that stores what was asked of the model for it.
-QUICK_READINGS = ("epikv_band", "expected_attention", "knorm", "kvzip")
+# Some that note (SnapKV fewer queries than others), one that only looks at the cache, one that reads twice, and one that stores what was asked of the model.
+QUICK_READINGS = ("epikv_band", "expected_attention", "knorm", "kvzip", "snapkv")
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +143,14 @@ def test_a_second_reading_looks_at_the_sinks_that_are_asked_for(small, sinks):
     once.append(prompts)
     compressed = Reading(small, (name,), prompts).compress(0.25, name, sinks=sinks)
     assert kept(compressed, 0) == kept(once, 0)
+
+
+def test_a_reading_serves_other_sinks_too(small):
+    name, reading = "kvzip:chunk=30", Reading(small, ("kvzip:chunk=30",), random_prompts([90, 41], seed=3))
+    for sinks in (0, 7):
+        alone = Reading(small, (name,), reading.prompts).compress(0.25, name, sinks=sinks)
+        shared = reading.compress(0.25, name, sinks=sinks)
+        assert [kept(shared, row) for row in (0, 1)] == [kept(alone, row) for row in (0, 1)] and shared.seen.tolist() == [90, 41]
 
 
 def arithmetic(lowered):

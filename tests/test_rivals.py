@@ -231,6 +231,18 @@ def test_rkv():
     assert_scores(rkv.score(GIVEN, kernel, balance, threshold), expected)
 
 
+def test_rkv_over_several_blocks_of_entries():
+    keys = np.random.default_rng(0).normal(size=(rkv.ROWS + 44, 8))
+    unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+    cosine = unit @ unit.T
+    np.fill_diagonal(cosine, 0)
+    for row in cosine:
+        row[np.flatnonzero(row > 0.3)[-1]] = 0  # the newest entry that is like it is not held against it
+    expected = np.exp(cosine.sum(axis=0) / len(keys))
+    found = rkv.redundancy(jnp.asarray(keys)[None, None], jnp.ones((1, 1, len(keys)), bool), 0.3)
+    np.testing.assert_allclose(found[0, 0], expected / expected.sum(), rtol=1e-5)
+
+
 def test_infokv():
     def expected(b, h):
         mean = votes(GIVEN, b, h).mean(axis=1)
@@ -475,6 +487,29 @@ def test_kvzip_reads_each_chunk_again_over_the_first_tokens_in_the_pool(small, f
 
 def test_what_kvzip_has_not_read_again_stays_before_all_else():
     assert (np.asarray(kvzip.score(jnp.array([kvzip.UNREAD, 1.0]), jnp.array([7, 9]), 10)) >= [1.0, 1.0]).all()
+
+
+def test_kvzip_reads_all_of_a_text_that_does_not_begin_as_the_template(small):
+    prompt = [token for token in random_prompts([200])[0] if token > 20][:100]
+    model = dataclasses.replace(small, tokenizer=Asking())
+    assert (buffered(Reading(model, ("kvzip",), [prompt]).read_for("kvzip"), len(prompt)) > 0).all()
+
+
+def test_what_was_decoded_last_stays_first_of_what_kvzip_has_not_read():
+    first, second = kvzip.score(jnp.full(2, kvzip.UNREAD), jnp.array([7, 9]), 10)
+    assert 1 < first < second
+
+
+def test_a_policy_is_told_what_is_protected(small):
+    found = []
+
+    def score(streams):
+        jax.debug.callback(lambda window, sinks: found.append((window.tolist(), int(sinks))), streams.window, streams.sinks)
+        return streams.stat
+
+    Rows(small, 2, 12, policies.Policy(score, streams=True), prefill_chunk=16, sinks=2, window=5).append(random_prompts([20, 20]))
+    jax.effects_barrier()
+    assert found and all(one == ([5, 5], 2) for one in found)
 
 
 def test_epikv_and_infokv_see_the_blocks_outputs_and_the_predictions(small, forward):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fractions
+import inspect
 import subprocess
 import sys
 import warnings
@@ -289,6 +290,9 @@ def test_sessions_that_cannot_be_saved_or_restored(model, tmp_path):
     sinks = dataclasses.replace(model[0].gates, config=dataclasses.replace(model[0].gates.config, sinks=model[0].gates.config.sinks + 2))
     with pytest.raises(ValueError, match="another model, which differs in its gate config"):
         retention.Session.restore(dataclasses.replace(model[0], gates=sinks), file)
+    theta = dataclasses.replace(model[0].config, rope_theta=500_000.0)
+    with pytest.raises(ValueError, match="another model, which differs in its shape"):
+        retention.Session.restore(dataclasses.replace(model[0], config=theta), file)
 
 
 def test_a_session_is_not_restored_under_another_policy_of_its_name(model, tmp_path, monkeypatch):
@@ -350,6 +354,7 @@ def test_the_full_policy_ignores_the_budget_and_needs_no_gates(model):
         (lambda m: retention.generate(m, ["a"], max_new_tokens=0), "max_new_tokens must be"),
         (lambda m: retention.generate(m, ["a"], temperature=-1), "temperature must be 0"),
         (lambda m: retention.generate(m, ["a"], top_p=0), "top_p must be in"),
+        (lambda m: retention.generate(m, ["a"], top_p=1.5), "top_p must be in"),
         (lambda m: retention.generate(m, ["a"], top_p=None), "top_p must be in"),
         (lambda m: retention.generate(m, ["a"], temperature="a"), "temperature must be 0"),
         (lambda m: retention.generate(m, ["a"], max_new_tokens=True), "max_new_tokens must be"),
@@ -427,3 +432,23 @@ def test_peak_memory_does_not_follow_the_context():
         peaks.append(int(out[1]))
     print(f"peak resident memory: {peaks[0] / 2**20:.2f} GiB at 4K, {peaks[1] / 2**20:.2f} GiB at 16K")
     assert peaks[1] <= 1.15 * peaks[0]
+
+
+def test_what_is_asked_of_sampling_reaches_it(model):
+    bare, how = model[1], dict(max_new_tokens=24, temperature=3.0, top_p=0.5, seed=3)
+    run = Rows(bare, 1, None)
+    run.append([bare.tokenizer.encode(STORY)])
+    [drawn] = run.decode_all(24, 3.0, 0.5, 3, bare.tokenizer.eos_ids)
+    assert retention.generate(bare, [STORY], budget=None, **how)[0].tokens == retention.Session(bare, budget=None).generate(STORY, **how).tokens == drawn
+
+
+def test_each_prompt_has_its_own_stats(model):
+    texts = [STORY, "Who was it?"]
+    found = retention.generate(model[0], texts, budget=0.5, max_new_tokens=2)
+    assert [one.stats.seen_tokens - len(one.tokens) for one in found] == [len(model[0].tokenizer.encode(text)) for text in texts]
+
+
+def test_defaults_are_those_of_the_readme():
+    given = {name: parameter.default for name, parameter in inspect.signature(retention.Session).parameters.items() if name != "model"}
+    assert given == dict(budget=256, policy="retention", scope=None, prefill_chunk=256, sinks=None, window=None)
+    assert given.items() <= {name: parameter.default for name, parameter in inspect.signature(retention.generate).parameters.items()}.items()

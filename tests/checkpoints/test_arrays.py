@@ -1,10 +1,12 @@
-"""What tells a model's arrays from others."""
+"""Arrays in files, and what tells a model's from others."""
+
+import pathlib
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retention.checkpoints.arrays import fingerprint
+from retention.checkpoints.arrays import fingerprint, save
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -23,3 +25,18 @@ def test_fingerprint_tells_every_change(dtype):
     found = [fingerprint({"a": weights, "b": jnp.ones(3)}), *(fingerprint({"a": other, "b": jnp.ones(3)}) for other in others)]
     assert len(set(found)) == len(found)
     assert fingerprint({"a": weights + 0, "b": jnp.ones(3)}) == found[0]
+
+
+def test_a_file_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
+    file, write = tmp_path / "gates.safetensors", pathlib.Path.write_bytes
+    save(file, {"a": np.ones(3)}, {"kind": "first"})
+    before = file.read_bytes()
+
+    def cut_off(path, data):
+        write(path, data[: len(data) // 2])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", cut_off)
+    with pytest.raises(OSError, match="no space left"):
+        save(file, {"a": np.zeros(3)}, {"kind": "second"})
+    assert file.read_bytes() == before

@@ -308,3 +308,14 @@ def test_part_of_a_split_file(tmp_path):
 def test_other_parameter_dtype(tmp_path):
     with pytest.raises(ValueError, match="dtype=float16.*float32 or bfloat16"):
         loader.load(Checkpoint().write(tmp_path / "model.gguf"), "float16")
+
+
+def test_what_a_file_may_leave_out(tmp_path):
+    """llama.cpp's defaults: as many kv heads as query heads, and RoPE's base of 10,000."""
+    checkpoint = Checkpoint()
+    del checkpoint.metadata["attention.head_count_kv"], checkpoint.metadata["rope.freq_base"]
+    for layer in range(L):
+        for name in ("attn_k", "attn_v"):
+            checkpoint.tensors[f"blk.{layer}.{name}.weight"] = checkpoint.tensors[f"blk.{layer}.attn_q.weight"]
+    config = loader.load(checkpoint.write(tmp_path / "model.gguf"), "float32")[0]
+    assert (config.kv_heads, config.rope_theta) == (N, 10_000)

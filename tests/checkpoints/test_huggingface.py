@@ -370,3 +370,15 @@ def test_missing_or_misshapen_tensor(tmp_path):
     write(tmp_path, entries("qwen2"), tensors | {name: np.zeros((E, F + 1), np.float32)})
     with pytest.raises(ValueError, match=rf"{name} of .* has shape \[32, 49\], but its configuration implies \[32, 48\]"):
         load(tmp_path, "float32")
+
+
+def test_what_a_config_may_leave_out(tmp_path):
+    """Defaults of transformers' LlamaConfig."""
+    given, tensors = entries(), weights()
+    for key in ("num_key_value_heads", "rope_theta", "rms_norm_eps", "tie_word_embeddings"):
+        del given[key]
+    for layer in range(L):
+        for letter in "kv":
+            tensors[f"model.layers.{layer}.self_attn.{letter}_proj.weight"] = tensors[f"model.layers.{layer}.self_attn.q_proj.weight"]
+    config, _ = load(write(tmp_path, given, tensors), "float32")
+    assert (config.kv_heads, config.rope_theta, config.norm_eps, config.tie_embeddings) == (N, 10_000, 1e-6, False)

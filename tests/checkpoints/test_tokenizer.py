@@ -1,5 +1,6 @@
 """Tokenizers: small ones trained here, and the real one of SmolLM2-135M."""
 
+import copy
 import datetime
 import json
 import re
@@ -58,6 +59,7 @@ def test_what_ends_a_turn_is_special_wherever_a_file_has_it(kind):
     tokenizer = Tokenizer.from_gguf(facts)
     assert tokenizer.eos_ids[0] == end and tokenizer.decode(SMALL.encode("hi<|im_end|>")) == "hi"
     assert tokenizer.plain("a<|im_end|>b") == "ab" and end not in tokenizer.encode("a<|im_end|>b", special=False)
+    assert tokenizer.plain("a<|im_<|im_<|im_end|>end|>end|>b") == "ab", "nor what is a name once another is gone"
     assert tokenizer.encode("a<|im_end|>b <think>") == SMALL.encode("a<|im_end|>b <think>"), "as it was, and with what is no end"
 
 
@@ -118,6 +120,9 @@ def test_eos_ids():
     assert SMALL.eos_ids == (2, 0)
     assert Tokenizer.from_gguf(metadata(eos_token_id=0)).eos_ids == (0,)
     assert Tokenizer.from_gguf(metadata(eos_token_id=0, eot_token_id=2)).eos_ids == (0, 2)
+    other = copy.copy(SMALL)
+    other.eos_ids = (0,)
+    assert other.digest() != SMALL.digest(), "a run does not go on with another end"
 
 
 def test_bos():

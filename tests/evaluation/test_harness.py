@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from configs import eval_leaderboard, eval_needles, eval_prose, eval_reasoning, eval_ruler
-from retention import policies, runs
+from retention import cache, policies, runs
 from retention.chat import ASK, END, USER, encoder
 from retention.checkpoints import gates as gates_file
 from retention.evaluation import cells, harness, needles, prose, tasks
@@ -28,6 +28,7 @@ from retention.rows import Rows
 from retention.runs import RunFolder
 from tests import tiny
 from tests.conftest import small_config, small_model
+from tests.evaluation.test_datasets import RECORDS, write
 
 STREAMS = small_config().streams
 ANSWER = 7  # tokens that may be generated: as many as the longest of these tasks' answers takes
@@ -233,6 +234,37 @@ def test_every_answer_is_scored_by_its_own_question(folder, model, monkeypatch):
     assert {(record["prefill_seconds"], record["decode_seconds"]) for record in records} == {(3.0, 0.5)}, "a second for both samples"
 
 
+def test_each_input_of_a_run_is_told_from_others(folder, model):
+    doubled = dataclasses.replace(model.gates, params=jax.tree.map(lambda leaf: 2 * leaf, model.gates.params))
+    other_weights = dataclasses.replace(model, params=model.params | {"norm": 2 * model.params["norm"]})
+    told = harness.inputs(model, ["text"])
+    for changed, name in (
+        (harness.inputs(dataclasses.replace(model, gates=doubled), ["text"]), "gates"),
+        (harness.inputs(dataclasses.replace(model, gates=None), ["text"]), "gates"),
+        (harness.inputs(other_weights, ["text"]), "weights"),
+        (harness.inputs(model, ["other text"]), "text"),
+    ):
+        assert [entry for entry in told if told[entry] != changed[entry]] == [name]
+
+
+
+def test_programs_are_run_only_where_the_config_says_so(folder, tmp_path):
+    name = "longproc_pseudo_to_code_0.5k"
+    write(tmp_path, name, RECORDS[name])
+    with pytest.raises(ValueError, match="pass execute=True where that may be done"):
+        harness.evaluate(config_of(folder, tasks=(name,), data=str(tmp_path), samples=1), tmp_path / "run")
+
+
+def test_seed_and_dtype_are_the_configs(folder):
+    configs = [config_of(folder, seed=seed, dtype="bfloat16") for seed in (0, 0, 1)]
+    model, texts = harness.load(configs[0], gates=None)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(model.params)} == {"bfloat16"}
+    first, again, other = (harness.asking_task(config, model, texts, "needle4", 310).contexts for config in configs)
+    assert first == again != other
+    first, again, other = (harness.prose_task(config, model, texts, "prose", 310).windows for config in configs)
+    assert first == again != other
+
+
 def test_an_interrupted_run_goes_on_and_says_the_same(folder, whole, tmp_path, monkeypatch):
     """Cut off after a random number of batches of cells, amid the writing of one's records."""
     calls, log_all = [], RunFolder.log_all
@@ -358,6 +390,15 @@ def test_each_cell_is_charged_for_what_it_takes(folder, monkeypatch):
         assert len(found) == 1 + 2 * 3
         for cell, seconds in found:
             assert (seconds["prefill_seconds"], seconds["evict_seconds"]) == tuple(s / batch for s in wanted[cell.policy]), (cell, batch)
+
+
+def test_sinks_and_window_are_the_configs(folder, model):
+    for one_shot in ((), ("knorm",)):
+        config = config_of(folder, tasks=("prose",), policies=("knorm",), one_shot=one_shot, baselines=False, sinks=7, window=9, prefill_chunk=16)
+        [(_, rows, _)] = harness.Reader(config, model).rows(cells.scoped(cells.table(config), model), [list(range(3, 103))])
+        for positions in itertools.chain(*cache.kept_positions(rows.cache, 0)):
+            assert {*range(7), *range(91, 100)} <= set(positions.tolist()) < set(range(100))
+        assert rows.width == 16, "the write buffer that decoding fills between evictions"
 
 
 def test_the_question_may_be_seen(folder, tmp_path):
@@ -566,6 +607,6 @@ def test_the_generate_program_streams_and_names_bad_flags(folder, tmp_path):
     (tmp_path / "book.txt").write_text("A letter lay on the step, and nobody came. " * 20)
     done = run("--prompt=Who came?", f"--context={tmp_path}/book.txt", "--budget=0.25", "--max_new_tokens=5", "--chat")
     assert done.returncode == 0, done.stderr
-    assert "kept_entries=" in done.stdout
+    assert "kept_entries=" in done.stdout and int(re.search(r"seen_tokens=(\d+)", done.stdout)[1]) > 200, "the context too was read"
     failed = run("--prompt=Who came?", "--budget=half")
     assert failed.returncode != 0 and "--budget must be a whole number, a fraction such as 0.125, or none, got 'half'" in failed.stderr

@@ -123,6 +123,7 @@ def test_html_to_tsv():
     assert row_scores("name\tprice\nChair\t7\nDesk\t8") == (pytest.approx(2 / 5), 1 / 2, 1 / 3)
     draft = "<think>\n```tsv\nname\tprice\nSofa\t1\n```\n</think>\n"
     assert row_scores(f"{draft}```tsv\n{table}\n```")[1] < 1, "from the first fence to the last, as the release reads it"
+    assert row_scores("name\tprice\nchair\t7\nchair\t7") == (pytest.approx(1 / 2), 1, 1 / 3), "a row given twice is found once"
     assert row_scores("") == row_scores("name\tprice") == row_scores("name\tprice\n\0\t\0") == (0, 0, 0)
 
 
@@ -139,6 +140,7 @@ def test_programs_are_not_run_unasked():
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 def test_programs():
     assert longproc.pseudo_to_code(CODE, TESTS, execute=True) == {"accuracy": 1}
+    assert longproc.pseudo_to_code(CODE, [TESTS[0], [["-1"], ["7"]]], execute=True) == {"accuracy": 0}, "every test counts"
     assert longproc.pseudo_to_code(CODE.replace("2 *", "3 *"), TESTS, execute=True) == {"accuracy": 0}
     assert longproc.pseudo_to_code(CODE.replace("int x;", ""), TESTS, execute=True) == {"accuracy": 0}
     assert longproc.pseudo_to_code('```cpp\nint main() { while (1) puts("6"); }\n```', TESTS, execute=True) == {"accuracy": 0}

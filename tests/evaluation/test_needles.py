@@ -58,6 +58,15 @@ def test_samples(texts, task, length):
             assert task == "facts" or re.fullmatch(r"[1-9]\d{4}", answer)
 
 
+def test_prose_that_holds_a_value_is_left_out():
+    story = "In the year of the frost they walked to the coast and back. Nothing came of it. "
+    prose = (story + " ".join(f"He hid it in the {place}." for place in needles.PLACES) + " ") * 40
+    found = needles.samples("facts", encode, [prose], 400, 24, seed=0)
+    assert any(answer in needles.PLACES for sample in found for answer in sample.answers)
+    for sample in found:
+        assert all(sample.context.lower().count(answer.lower()) == 1 for answer in sample.answers)
+
+
 def test_needle_depths_cover_the_context(texts):
     found = needles.samples("needle", encode, texts, 1000, 20, seed=0)
     depths = sorted(sample.context.index(sample.answers[0]) / len(sample.context) for sample in found)

@@ -215,6 +215,16 @@ def test_documents(files):
     assert article <= set(TOWNS[asked // 5 * 5 :][:5])  # distractors of the same article come first
 
 
+def test_no_distractor_holds_the_answer(tmp_path):
+    asked = {"question": "Who is the mayor of Ardham?", "answers": [{"text": "Rowe"}]}
+    own = {"context": "The mayor of Ardham is Rowe. " + "It is an old town. " * 5, "qas": [asked]}
+    hints = [{"context": f"Rowe wrote letter {n}. " + "It was a long one. " * 8, "qas": []} for n in range(15)]
+    others = [{"context": f"Letter {n} was lost. " + "Nobody missed it. " * 8, "qas": []} for n in range(60)]
+    files = {"qa_1": write(tmp_path / "squad.json", {"data": [{"title": "Letters", "paragraphs": [own, *hints, *others]}]})}
+    [sample] = draw(files, "qa_1", 700, 1, seed=0)
+    assert sample.context.count("Rowe") == 1 and sample.context.count("was lost") > 5
+
+
 def test_turns(files):
     [dialogue] = draw(files, "needle_turns", 1000, 1, seed=0)
     told = dialogue.context.removeprefix(SYSTEM).split("\n" + USER)

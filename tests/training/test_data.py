@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from retention.checkpoints.tokenizer import Tokenizer
 from retention.training import data
-from tests.tiny import write_folder
+from tests.tiny import TEMPLATE, write_folder
 
 CHAT = [
     {"role": "user", "content": "What is a tuple?"},
@@ -148,6 +148,26 @@ def test_packing_loses_and_splits_nothing(tokenizer, tmp_path, monkeypatch, bins
             assert {seen[one] for one in expected} <= {taken // count, taken // count + 1}
     iterator.close()
     assert set(seen) == expected and max(per_row) > 1
+
+
+def test_records_come_in_an_order_of_the_seed(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "WINDOW", 1)  # else the mix shuffles them too, as far as it reaches
+    source, filed = records(tmp_path, [f"Number {number}." for number in range(40)]), [tuple(tokenizer.encode(f"Number {number}.")) for number in range(40)]
+
+    def order(seed):
+        batches = take(data.Pipeline(section({"text": source}, batch_size=1, length=24), tokenizer, seed).rows([0]), 8)
+        return [tuple(one.tolist()) for batch in batches for one in documents_of({name: values[0] for name, values in batch.items()})][:8]
+
+    first, other = order(0), order(1)
+    assert first != filed[:8] and first != other and set(first) | set(other) < set(filed)
+
+
+def test_documents_do_not_depend_on_the_day(tmp_path):
+    tokenizer = Tokenizer.from_folder(write_folder(tmp_path / "model"))
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} " + TEMPLATE
+    pipeline = data.Pipeline(section({"chat": records(tmp_path, [CHAT])}), tokenizer, seed=0)
+    (batch,) = take(pipeline.rows([0]), 1)
+    assert tokenizer.decode(batch["tokens"][0]).startswith(data.DATE.strftime("%d %b %Y "))
 
 
 def test_rows_share_the_documents_out(tokenizer, tmp_path, monkeypatch):

@@ -132,6 +132,35 @@ def test_drafts_bind_each_question_to_one_value():
     assert turns == {2, 3, 4}
 
 
+def test_answers_are_those_of_their_questions(monkeypatch):
+    """And in a quarter of the documents all that is planted is of one kind, with its shared word, so that only the keys tell."""
+    made, fact, near = [], documents.fact, 0
+    monkeypatch.setattr(documents, "fact", lambda *arguments: made.append(fact(*arguments)) or made[-1])
+    for seed in range(600):
+        made.clear()
+        draft = documents.draft(np.random.default_rng(seed))
+        lines = [line.lower() for plant in draft.plants for line in plant.split("\n")]
+        planted = [one for one in made if any(one.fields["k"].lower() in line and one.fields["v"].lower() in line for line in lines)]
+        kinds = {(one.family, one.fields["u"]) for one in planted if one.family != "record"}
+        near += len(planted) >= 4 and len(kinds) == 1
+        for question, answer in draft.turns:
+            [value] = {one.fields["v"] for one in planted if one.fields["k"].lower() in question.lower()}
+            assert value in answer, (question, answer)
+    assert near > 100
+
+
+def test_planted_values_stand_nowhere_else():
+    """Prose that holds one is left out: here each second sentence may."""
+    drawn = documents.draft(np.random.default_rng(0))
+    prose = " ".join(f"Nothing came of it. Somebody wrote {value} on the wall." for value in drawn.values) + " "
+    rng = np.random.default_rng(1)
+    for _ in range(5):
+        context = decode(documents.assemble(drawn, [prose * 200], encode, rng, 500)[0][0]).lower()
+        assert "nothing came of it" in context
+        for value in drawn.values:
+            assert len(re.findall(rf"(?<!\w){re.escape(value.lower())}(?!\w)", context)) == 1
+
+
 def test_planted_values_stand_in_the_context_once(texts):
     for seed in range(60):
         rng = np.random.default_rng(seed)

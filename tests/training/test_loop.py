@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,9 @@ from retention.checkpoints import gates as gates_file
 from retention.distributed import gather_json, initialize, local_rows
 from retention.runs import RunFolder
 from retention.training import loop, plots, sharding
+from retention.training import metrics as metrics_lib
 from retention.training.metrics import CLOCK, step_flops
+from tests.conftest import small_config
 from tests.tiny import write_folder
 
 CHANGES = {
@@ -258,8 +261,8 @@ def test_tokens_that_the_embedding_has_not_are_refused(folder, tmp_path):
 @pytest.mark.parametrize(
     ("entry", "value"),
     [
-        ("optimizer.clip_norm", 0.0), ("optimizer.learning_rate", -1e-3), ("optimizer.b1", 1.0), ("optimizer.weight_decay", -1.0), ("loss.ntp", -1.0),
-        ("seed", -1),
+        ("optimizer.clip_norm", 0.0), ("optimizer.learning_rate", -1e-3), ("optimizer.b1", 1.0), ("optimizer.weight_decay", -1.0), ("optimizer.eps", 0.0),
+        ("loss.ntp", -1.0), ("loss.kl", -1.0), ("loss.other_kl", -1.0), ("loss.capacity", -1.0), ("seed", -1),
     ],
 )  # fmt: skip
 def test_numbers_that_would_teach_nothing_are_refused(folder, tmp_path, entry, value):
@@ -728,6 +731,37 @@ def test_step_flops_count_the_weights(folder, kind):
     # 3 layers of 4 heads of 8; scores and values; teacher, student, again, and backward twice
     assert step_flops(model.config, gate, True, 0, 10, 0) == 5 * 3 * (4 * 8) * 2 * 2 * 10
     assert step_flops(model.config, gate, True, 0, 0, 7) == 3 * 2 * model.params["embed"].size * 7
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_gates_start_from_the_configs_seed_and_the_datas_scale(folder, tmp_path, monkeypatch, given):
+    class Started(Exception):
+        pass
+
+    def init(shape, gate, seed=0, rms=None):
+        if seed == 5:
+            raise Started(rms)
+        return start(shape, gate, seed, rms)  # for its shapes alone
+
+    start = gates.init
+    monkeypatch.setattr(loop.gates, "init", init)
+    with pytest.raises(Started) as started:
+        loop.train(make_config(folder, seed=5, init_from_data=given), tmp_path)
+    [rms] = started.value.args
+    assert (rms is not None) == given and (not given or rms.shape == (3,) and bool((rms > 0).all()))
+
+
+def test_the_rates_of_a_step(monkeypatch):
+    batch = {"segment_ids": np.array([[1, 1, 1, 2, 2, 0]]), "positions": np.array([[0, 1, 2, 0, 1, 0]])}
+    assert float(loop.attended_pairs(batch)) == 1 + 2 + 3 + 1 + 2
+    clock = iter((10.0, 12.0))
+    monkeypatch.setattr(metrics_lib.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(metrics_lib.jax, "devices", lambda: [types.SimpleNamespace(device_kind="TPU v5")] * 4)
+    monkeypatch.setattr(metrics_lib.jax, "device_count", lambda: 4)
+    config, gate = small_config(), gates.GateConfig(width=8)
+    record = metrics_lib.Meter(config, gate, True).record({"tokens": 5, "compared": 3}, 9)
+    rate = step_flops(config, gate, True, 5, 9, 3) / 2
+    assert record["model_flops_per_second"] == pytest.approx(rate) and record["mfu"] == pytest.approx(rate / (4 * 459e12))  # of a v5p, as published
 
 
 def test_plots(whole, tmp_path):

@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
+from tokenizers import processors
 
 from retention.checkpoints.tokenizer import Tokenizer
 from retention.training import files
@@ -270,3 +271,10 @@ def test_a_template_that_refuses_turns(tokenizer, tmp_path):
     source = opened(other, path)
     (reason,) = source.report["skipped"]
     assert "no system here" in reason and source.report["first"] == {reason: f"{path}:2"} and len(source) == 1
+
+
+def test_a_beginning_stands_once(tmp_path):
+    tokenizer = Tokenizer.from_folder(write_folder(tmp_path / "model"))
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    tokens, answer = opened(tokenizer, write(tmp_path / "a.jsonl", [{"messages": ASKED * 2}])).document(0, tokenizer)
+    assert tokens[0] == 0 and (tokens == 0).sum() == 1 and not answer[0]

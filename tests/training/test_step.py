@@ -387,3 +387,16 @@ def test_optimizer_schedule_and_decay():
     assert sizes[-1] == pytest.approx(section.learning_rate * section.final_fraction, rel=0.3)
     with pytest.raises(ValueError, match="steps must be more than optimizer.warmup_steps"):
         make_optimizer(section, section.warmup_steps)
+
+
+def test_the_optimizer_is_adamw_with_the_sections_numbers():
+    """Against the equations of Loshchilov and Hutter (arXiv 1711.05101) in float64; every number but the decay matters to these steps."""
+    section = settings(learning_rate=0.5, warmup_steps=0, final_fraction=1.0, clip_norm=1e-3, b1=0.5, b2=0.7, eps=1e-4, weight_decay=0.0)
+    optimizer, params = make_optimizer(section, 9), {"w1": jnp.ones(4)}
+    state, mean, square = optimizer.init(params), 0.0, 0.0
+    for t, gradient in enumerate(np.array([[3, 4, 0, 0], [1e-4, 2e-4, 0, 0], [9, 12, 0, 0]]), 1):  # the second is not clipped
+        updates, state = optimizer.update({"w1": jnp.float32(gradient)}, state, params)
+        clipped = gradient * min(1, 1e-3 / np.linalg.norm(gradient))
+        mean, square = 0.5 * mean + 0.5 * clipped, 0.7 * square + 0.3 * clipped**2
+        wanted = -0.5 * (mean / (1 - 0.5**t)) / (np.sqrt(square / (1 - 0.7**t)) + 1e-4)
+        np.testing.assert_allclose(updates["w1"], wanted, rtol=1e-4, atol=1e-9)
