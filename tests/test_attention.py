@@ -144,10 +144,11 @@ def test_storage_in_bfloat16_keeps_softmax_in_float32():
     np.testing.assert_allclose(np.asarray(out, np.float32)[0], by_hand(q[0], k[0], v[0], np.tri(200, dtype=bool), log_beta[0]), atol=0.02)
 
 
-def test_a_prompt_that_could_be_read_and_not_decoded_is_refused_at_once(monkeypatch):
+@pytest.mark.parametrize("dim", [80, 8])
+def test_a_prompt_that_could_be_read_and_not_decoded_is_refused_at_once(monkeypatch, dim):
     monkeypatch.setattr(attention, "platform", lambda: "gpu")
-    q, k, v, _ = inputs(8, dim=80)
-    with pytest.raises(NotImplementedError, match="q has the head dimension 80: on a GPU powers of 2 from 16 work"):
+    q, k, v, _ = inputs(8, dim=dim)
+    with pytest.raises(NotImplementedError, match=f"q has the head dimension {dim}: on a GPU powers of 2 from 16 work"):
         attention.cached_attention(q, k, v, None)
 
 

@@ -508,13 +508,16 @@ def test_scoring_is_appending_a_chunk(small, policy):
         scored.score(np.zeros((2, 17), int))
 
 
-@pytest.mark.parametrize("asks", [{}, {"attended": True}, {"entropy": True}], ids=["gates", "attention", "entropy"])
+@pytest.mark.parametrize(
+    "asks", [{}, {"attended": True}, {"entropy": True}, {"hidden": lambda layers: (1,)}], ids=["gates", "attention", "entropy", "hidden"]
+)
 def test_what_is_decoded_is_rated_as_what_is_read(small, asks):
     """In decoding gates wait for the end of a piece, and in a batch some sequences end before it."""
 
     def stat(written):
         rated = written.log_beta + written.keys[..., 0] + 0.1 * written.position[None, :, :, None] + written.stream
-        return rated if written.entropy is None else rated + written.entropy[None, ..., None]
+        rated = rated if written.entropy is None else rated + written.entropy[None, ..., None]
+        return rated if written.hidden is None else rated + written.hidden[0, :, :, :1][None]
 
     policy = policies.Policy(score=lambda stat, position, seen: stat, stat=stat, gated=True, **asks)
     decoded, read = rows(small, 2, 128, policy, chunk=32), rows(small, 2, 128, policy, chunk=32)

@@ -190,5 +190,7 @@ def test_a_reading_is_compressed_only_by_those_it_was_made_for(small):
             reading.compress(12, name)
     with pytest.raises(ValueError, match="makes no sense under scope='layer'; its scope may be head"):
         reading.compress(40, "pyramidkv", scope="layer")
+    with pytest.raises(ValueError, match="makes no sense under scope='global'; its scope may be head"):
+        Rows(small, 1, 12, "tova", "global")
     whole = reading.compress(small.config.max_positions, "snapkv")
     assert whole.stats(0).kept_entries == 50 * small.config.streams, "as many tokens as the model can use are the full cache"

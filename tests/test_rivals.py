@@ -108,7 +108,7 @@ def test_tova_is_the_mean_over_all_heads_of_the_last_query():
 @pytest.mark.parametrize("sinks, window", [(0, 4), (2, 0)])
 def test_ada_snapkv_lifts_each_streams_best_share(sinks, window):
     """Those that are protected where it runs, which may be others than its own, come first."""
-    floor = 0.5
+    floor = 0.4  # of 20 and of 16 entries, which is none too many
     found = np.asarray(ada_snapkv.score(GIVEN._replace(sinks=sinks, window=jnp.full(B, window)), 5, floor))
     plain = np.asarray(snapkv.score(GIVEN, 5))
     for b, h in EACH:

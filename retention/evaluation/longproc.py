@@ -141,7 +141,8 @@ def _joined(lines: Sequence[str]) -> str:
 
 def _run(command: list[str], given: str, folder: str, seconds: int, check: bool = False) -> str | None:
     """What a command prints; None where it takes too long, and with `check` where it fails. It may have 1 GiB of memory."""
-    limited = ["sh", "-c", f'ulimit -t {seconds} -v 1048576 -f 65536; exec "$@"', "sh", *command]
+    # One limit a call: dash, which Debian has for sh, refuses several and would go on without any.
+    limited = ["sh", "-c", f'ulimit -t {seconds} && ulimit -v 1048576 && ulimit -f 65536 && exec "$@"', "sh", *command]
     with tempfile.TemporaryFile(dir=folder) as output:  # a file, which is limited, where a pipe could fill our own memory
         try:
             subprocess.run(

@@ -7,7 +7,8 @@ import pytest
 import safetensors.numpy
 
 import retention
-from retention.checkpoints import huggingface
+from retention import checkpoints
+from retention.checkpoints import gguf, huggingface
 from tests.tiny import write_folder
 
 
@@ -81,3 +82,20 @@ def test_a_tokenizer_with_a_gap_in_its_ids(folder, tmp_path):
     (copy / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="token ids up to 590"):
         retention.load(copy)
+
+
+@pytest.mark.parametrize("reader", [huggingface, gguf])
+def test_dtype_and_place_reach_either_reader(folder, monkeypatch, reader):
+    class Read(Exception):
+        pass
+
+    def read(path, dtype, place):
+        raise Read(dtype, place)
+
+    def place(config, name):
+        return None
+
+    monkeypatch.setattr(reader, "load", read)
+    with pytest.raises(Read) as found:
+        checkpoints.load(folder if reader is huggingface else folder / "config.json", dtype="bfloat16", place=place)
+    assert found.value.args == ("bfloat16", place)

@@ -432,6 +432,7 @@ def test_reasoning_evicts_while_it_decodes(folder, tmp_path):
         (dict(tasks=("longbench_quasper",)), "did you mean longbench_qasper"),
         (dict(policies=("retension",)), "unknown policy 'retension': did you mean retention"),
         (dict(policies=("lagkv:lag=32",), one_shot=("lagkv",)), "config.one_shot has lagkv and config.policies lagkv:lag=32; give one name, with"),
+        (dict(policies=(), one_shot=("expected_attention", "expected_attention:sinks=9")), r"positions \[4, 9\] on cannot share a reading"),
         (dict(one_shot=("snapvk",)), "unknown policy 'snapvk': did you mean snapkv"),
         (dict(scopes=("globl",)), "unknown scope 'globl': did you mean global"),
         (dict(policies=("pyramidkv",), scopes=("layer",)), r"needle4 of 310 tokens, pyramidkv \(layer\) at budget 0.25: .* its scope may be head"),

@@ -147,6 +147,14 @@ def test_programs():
     assert longproc.pseudo_to_code("int main() {}", TESTS, execute=True) == {"accuracy": 0}
 
 
+@pytest.mark.skipif(not shutil.which("sh"), reason="no shell")
+def test_a_program_has_limits_and_nothing_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "hidden")
+    limits = longproc._run(["sh", "-c", "ulimit -t; ulimit -v; ulimit -f; echo $SECRET; pwd"], "", str(tmp_path), 3)
+    assert limits.split() == ["3", "1048576", "65536", str(tmp_path)]
+    assert longproc._run(["sh", "-c", "while :; do :; done"], "", str(tmp_path), 1) is None
+
+
 def test_programs_need_a_compiler(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(FileNotFoundError, match=r"g\+\+"):

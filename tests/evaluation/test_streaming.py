@@ -55,6 +55,12 @@ def test_following_is_decoding(folder):
     np.testing.assert_allclose(jax.nn.log_softmax(caches["window"].logits), jax.nn.log_softmax(decoded.logits), atol=1e-4)
 
 
+def test_a_story_is_told_at_the_temperature_and_by_the_seed_given(folder):
+    model = checkpoints.load(folder, gates=None)
+    greedy, first, again, other = (streaming.tell(model, [[5, 6, 7]], 12, *how) for how in ((0.0, 0), (1.0, 0), (1.0, 0), (1.0, 1)))
+    assert (first == again).all() and len({tuple(one[0]) for one in (greedy, first, other)}) == 3
+
+
 def test_losses_and_divergence_are_those_of_numpy():
     """KL(full || cache), in this direction, and the losses, of prose's continuations and of a stream's piece, from given logits."""
     full, cache = np.random.default_rng(0).normal(scale=2, size=(2, 2, 3, 4))

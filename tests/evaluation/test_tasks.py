@@ -50,7 +50,7 @@ def test_questions_over_documents_find_their_file_in_the_folder(tmp_path):
     squad_file(tmp_path, "dev-v2.0.json")
     task = load("qa_1", data=str(tmp_path))
     assert {sample.answers for sample in task.samples} == {(("Moss",),), (("Elder",),), (("Willow",),)}
-    assert task.score(0, 0, task.samples[0].answers[0][0]) == {"score": 1}
+    assert task.score(0, 0, task.samples[0].answers[0][0]) == {"score": 1} and task.longest_answer(encode) == 1
     with pytest.raises(FileNotFoundError, match="holds no file of qa_2: looked for hotpotqa.json and hotpot_dev_distractor_v1.json"):
         load("qa_2", data=str(tmp_path))
 

@@ -8,8 +8,10 @@ import sys
 import numpy as np
 import pytest
 
+from experiments import ablate
 from retention import checkpoints
 from retention.checkpoints import gates as gates_file
+from retention.runs import write_table
 from tests import tiny
 
 CONFIG = """
@@ -32,6 +34,15 @@ def get_config():
     config.evaluate.max_new_tokens = 5
     return config
 """
+
+
+def test_a_row_is_the_mean_and_the_spread_over_its_seeds(tmp_path):
+    for seed, score in ((0, 0.5), (1, 0.8)):
+        row = {"task": "needle", "length": 310, "policy": "retention", "scope": "global", "budget": 0.25, "score": score}
+        (tmp_path / f"no_kl-{seed}" / "evaluation").mkdir(parents=True)
+        write_table(tmp_path / f"no_kl-{seed}" / "evaluation" / "results.csv", [row])
+    [row] = ablate.table(tmp_path)
+    assert (row["variant"], row["mean"], row["spread"], row["seeds"]) == ("no_kl", 0.65, round(0.3 / 2**0.5, 4), 2)
 
 
 @pytest.mark.slow

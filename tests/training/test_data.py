@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from tokenizers import processors
 
 from retention.checkpoints.tokenizer import Tokenizer
 from retention.training import data
@@ -90,6 +91,14 @@ def test_batch_of_facts_and_text(tokenizer):
             assert one["other"].sum() == 32
             plain += not one["answer"].any()
     assert 10 <= plain <= 30  # of 80; exact within a window of 1,024
+
+
+@pytest.mark.parametrize("source", [FACTS, TEXT], ids=["facts", "text"])
+def test_a_document_begins_as_the_tokenizer_begins_texts(tmp_path, source):
+    tokenizer = Tokenizer.from_folder(write_folder(tmp_path / "model"))
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    (batch,) = take(data.Pipeline(section({"x": source}), tokenizer, seed=0).rows([0]), 1)
+    assert (batch["tokens"][0][batch["segment_ids"][0] == 1] == 0).nonzero()[0].tolist() == [0]
 
 
 def test_chat_labels_are_the_assistants_turns(tokenizer, tmp_path):

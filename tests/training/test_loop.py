@@ -647,6 +647,22 @@ def test_a_models_folder_is_no_runs(folder, config, tmp_path):
         loop.train(config, tmp_path)
 
 
+def test_data_that_differ_between_hosts_are_refused(tmp_path, monkeypatch):
+    run, pipeline = types.SimpleNamespace(path=tmp_path, metrics=list), types.SimpleNamespace(digests={"facts": "a", "prose": "b"})
+    loop.check_data(run, pipeline)
+    monkeypatch.setattr(loop, "gather_json", lambda own: [own, own | {"prose": "c"}])
+    with pytest.raises(ValueError, match="data.sources.prose is not the same on all hosts; give them the same files"):
+        loop.check_data(run, pipeline)
+
+
+def test_a_commit_of_changed_files_is_marked(monkeypatch):
+    top = pathlib.Path(runs.__file__).resolve().parents[1]
+    for changed, commit in (("", "1234567"), (" M retention/runs.py\n", "1234567+")):
+        told = {"rev-parse": f"{top}\n1234567\n", "status": changed}
+        monkeypatch.setattr(runs.subprocess, "run", lambda command, told=told, **_: types.SimpleNamespace(stdout=told[command[1]]))
+        assert runs.commit() == commit
+
+
 def test_a_run_names_the_commits_of_its_records(monkeypatch, config, tmp_path):
     def finished(commit, *, anew):
         monkeypatch.setattr(runs, "commit", lambda: commit)
@@ -743,10 +759,15 @@ def test_gates_start_from_the_configs_seed_and_the_datas_scale(folder, tmp_path,
             raise Started(rms)
         return start(shape, gate, seed, rms)  # for its shapes alone
 
-    start = gates.init
+    def measure(shape, mesh, params, batch):
+        assert params["embed"].dtype == "bfloat16", "the config's"
+        return rms_of(shape, mesh, params, batch)
+
+    start, rms_of = gates.init, loop.gate_input_rms
     monkeypatch.setattr(loop.gates, "init", init)
+    monkeypatch.setattr(loop, "gate_input_rms", measure)
     with pytest.raises(Started) as started:
-        loop.train(make_config(folder, seed=5, init_from_data=given), tmp_path)
+        loop.train(make_config(folder, seed=5, dtype="bfloat16", init_from_data=given), tmp_path)
     [rms] = started.value.args
     assert (rms is not None) == given and (not given or rms.shape == (3,) and bool((rms > 0).all()))
 
