@@ -211,7 +211,8 @@ class Rows:
             # A stream may hold its share, its layer's, or, competing with all, everything that it has seen.
             longest = {"head": share, "shared": share, "layer": config.kv_heads * share, "global": min(slots, roomy(seen))}[self.plan.scope]
             longest = min(slots, 2 * longest) if policy.layer_budgets else longest
-            self.plan = dataclasses.replace(self.plan, longest=longest)
+            # Never less than before: a stream that was left between two pieces and goes on behind a turn has been promised its room.
+            self.plan = dataclasses.replace(self.plan, longest=max(self.plan.longest, longest))
 
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:

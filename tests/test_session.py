@@ -134,6 +134,22 @@ def test_a_stream_goes_on_behind_what_was_appended_meanwhile(model, budget, monk
         assert session.stats.kept_entries == session.stats.capacity == budget * model[0].config.streams
 
 
+def test_a_stream_that_goes_on_is_ranked_whole(model, monkeypatch):
+    """By a policy that looks at streams, which may by then be longer than the turn in between had need of."""
+    monkeypatch.setattr(model[1].tokenizer, "eos_ids", ())
+
+    def kept():
+        session = retention.Session(model[1], budget=64, policy="keydiff", scope="global", prefill_chunk=32)
+        stream = session.stream("A bell", max_new_tokens=300, temperature=1.0, seed=1)
+        next(stream)
+        session.append("Hi there")
+        return positions(session) if list(stream) else None
+
+    found, expect = kept(), Rows._expect
+    monkeypatch.setattr(Rows, "_expect", lambda self, seen: expect(self, 10**6))
+    assert found == kept(), "as if all of the pool might be one stream's"
+
+
 def test_a_mistake_breaks_nothing_off(model):
     session = retention.Session(model[0], budget=0.01, policy="window")
     with pytest.raises(ValueError, match="smaller than sinks"):
