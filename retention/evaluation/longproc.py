@@ -5,10 +5,12 @@ may think aloud before it answers. Tables and programs in ``` are read as the re
 a model's draft, or behind the answer, becomes part of what is scored.
 """
 
+import contextlib
 import csv
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ TESTS = 10  # of a program, those that the release runs
 SECONDS = 3  # a test may take
 INCLUDED = "cstdio iostream vector algorithm numeric cmath cstring set map queue stack list fstream climits cassert iomanip sstream bitset".split()
 FILLERS = set("a an the on in at of step think thinks believe believes belief know knows is are location".split())
+COMPILE = ["g++", "-std=c++11", "-O", "-x", "c++", "-o", "program", "-"]
 _OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 
@@ -116,9 +119,9 @@ def pseudo_to_code(generated: str, tests: Sequence[Sequence[Sequence[str]]], exe
     """accuracy: 1 where the C++ program between the first ```cpp and the last ``` compiles and prints what the first tests, (input lines, output lines),
     expect.
 
-    This runs a program that a model wrote. It gets an empty folder, no environment but PATH, and limits on time, memory and file sizes, but it is in no
-    sandbox: the network and files that the user may read are open to it. Hence `execute` must be True, else ValueError.
-    Raises FileNotFoundError where there is no g++.
+    This runs a program that a model wrote. It gets a folder of its own, which its tests share, no environment but PATH, and limits on the time, memory and
+    file sizes of each of its processes, but it is in no sandbox: the network and files that the user may read are open to it. Hence `execute` must be True,
+    else ValueError. Raises FileNotFoundError where there is no g++, OSError where it compiles nothing at all, as on a full disk.
     """
     if not execute:
         raise ValueError("pseudo_to_code runs C++ programs that the model wrote, outside any sandbox; pass execute=True where that may be done")
@@ -127,11 +130,13 @@ def pseudo_to_code(generated: str, tests: Sequence[Sequence[Sequence[str]]], exe
     code = re.search(r"```(?:cpp|c\+\+)(.*)```", generated, re.DOTALL)
     if not code:
         return {"accuracy": 0.0}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # what a program still does to it must not end the evaluation
         source = "".join(f"#include <{name}>\n" for name in INCLUDED) + "using namespace std;\n" + code[1]
-        right = _run(["g++", "-std=c++11", "-O", "-x", "c++", "-o", "program", "-"], source, folder, 60, check=True) is not None and all(
-            _run(["./program"], _joined(given), folder, SECONDS) == _joined(expected) for given, expected in tests[:TESTS]
-        )
+        if _run(COMPILE, source, folder, 60, check=True) is None:
+            if _run(COMPILE, "int main() {}", folder, 60, check=True) is None:
+                raise OSError(f"g++ cannot compile even an empty program in {folder}; see to it that the disk is not full and that g++ works")
+            return {"accuracy": 0.0}
+        right = all(_run(["./program"], _joined(given), folder, SECONDS) == _joined(expected) for given, expected in tests[:TESTS])
     return {"accuracy": float(right)}
 
 
@@ -140,16 +145,28 @@ def _joined(lines: Sequence[str]) -> str:
 
 
 def _run(command: list[str], given: str, folder: str, seconds: int, check: bool = False) -> str | None:
-    """What a command prints; None where it takes too long, and with `check` where it fails. It may have 1 GiB of memory."""
+    """What a command prints; None where it takes too long, its folder is gone, and with `check` where it fails. It may have 1 GiB of memory."""
+    if not os.path.isdir(folder):
+        return None
     # One limit a call: dash, which Debian has for sh, refuses several and would go on without any.
     limited = ["sh", "-c", f'ulimit -t {seconds} && ulimit -v 1048576 && ulimit -f 65536 && exec "$@"', "sh", *command]
-    with tempfile.TemporaryFile(dir=folder) as output:  # a file, which is limited, where a pipe could fill our own memory
+    environment = {"PATH": os.environ.get("PATH", os.defpath)}
+    with tempfile.TemporaryFile() as output:  # a file, which is limited, where a pipe could fill our own memory
+        process = subprocess.Popen(
+            limited, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.DEVNULL, cwd=folder, env=environment, start_new_session=True
+        )
         try:
-            subprocess.run(
-                limited, input=given.encode(errors="replace"), stdout=output, stderr=subprocess.DEVNULL, cwd=folder, env={"PATH": os.environ["PATH"]},
-                timeout=seconds, check=check,
-            )  # fmt: skip
-            output.seek(0)
+            process.communicate(given.encode(errors="replace"), timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+            process.wait()
+        if check and process.returncode:
+            return None
+        output.seek(0)
+        try:
             return output.read().decode()
-        except (subprocess.SubprocessError, UnicodeDecodeError):
+        except UnicodeDecodeError:
             return None

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import time
 import types
 
 import pytest
@@ -153,6 +154,18 @@ def test_a_program_has_limits_and_nothing_of_the_environment(tmp_path, monkeypat
     limits = longproc._run(["sh", "-c", "ulimit -t; ulimit -v; ulimit -f; echo $SECRET; pwd"], "", str(tmp_path), 3)
     assert limits.split() == ["3", "1048576", "65536", str(tmp_path)]
     assert longproc._run(["sh", "-c", "while :; do :; done"], "", str(tmp_path), 1) is None
+    assert longproc._run(["sh", "-c", "(sleep 1; touch later) & echo now"], "", str(tmp_path), 3) == "now\n"
+    time.sleep(1.5)
+    assert not list(tmp_path.iterdir()), "what it starts ends with it"
+    assert longproc._run(["sh", "-c", "rmdir $PWD; echo gone"], "", str(tmp_path), 3) == "gone\n"
+    assert longproc._run(["echo", "there"], "", str(tmp_path), 3) is None
+
+
+def test_a_compiler_that_compiles_nothing_is_no_wrong_answer(monkeypatch):
+    monkeypatch.setattr(longproc.shutil, "which", lambda program: program)
+    monkeypatch.setattr(longproc, "COMPILE", ["false"])
+    with pytest.raises(OSError, match="cannot compile even an empty program in .*; see to it that the disk is not full"):
+        longproc.pseudo_to_code(CODE, TESTS, execute=True)
 
 
 def test_programs_need_a_compiler(monkeypatch):
