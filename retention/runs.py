@@ -47,7 +47,8 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"workdir {self.path} is a file; give the path of a folder, which is made where there is none")
         if is_primary():
-            self.path.mkdir(parents=True, exist_ok=True)
+            with writing(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
             if file.exists() and not (self.path / ".lock").exists() and not self.metrics():
                 raise FileExistsError(f"workdir {self.path} holds a config.json that is no run's; give another folder")
             self._lock = _lock(self.path / ".lock")
@@ -122,6 +123,7 @@ _held: weakref.WeakValueDictionary[pathlib.Path, TextIO] = weakref.WeakValueDict
 
 def _lock(file: pathlib.Path) -> TextIO | None:
     """Keeps other processes from a run as long as what is returned lives. In one process a run may be opened again, as after Ctrl-C in a notebook."""
+    file = file.resolve()  # a lock is the process's, by whatever path, and is lost when any file that it has opened there is closed
     if file in _held:
         return _held[file]
     try:

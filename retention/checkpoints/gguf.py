@@ -58,7 +58,10 @@ def load(path: str | pathlib.Path, dtype: Any = "float32", place: Callable | Non
     """
     path = pathlib.Path(path)
     reader = _open(path)
-    metadata = {key: field.contents() for key, field in reader.fields.items()}
+    try:
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+    except ValueError as error:  # broken UTF-8
+        raise ValueError(f"{path} is corrupt: its metadata cannot be read ({error}); fetch it again") from error
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if metadata.get("split.count", 1) > 1:
         raise NotImplementedError(f"{path} is one part of a split GGUF: merge the parts first (llama-gguf-split --merge)")

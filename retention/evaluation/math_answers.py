@@ -146,8 +146,13 @@ class _Worker:
                     raise ImportError("comparing these answers needs sympy; install it with `pip install -e '.[data]'`")
                 command = [sys.executable, "-P", symbolic.__file__, str(symbolic.CPU_SECONDS)]
                 self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            print(json.dumps([given, wanted]), file=self._process.stdin, flush=True)
-            found = self._process.stdout.readline()
+            try:
+                print(json.dumps([given, wanted]), file=self._process.stdin, flush=True)
+                found = self._process.stdout.readline()
+            except BaseException:  # such as Ctrl-C: what it still owes would be the next one's answer
+                self._process.kill()
+                self._process.wait()
+                raise
             if not found:
                 self._process.wait()  # it ended itself: out of time
             return found == "1\n"

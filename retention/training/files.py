@@ -1,6 +1,5 @@
 """Record files: JSON lines, Parquet, ArrayRecord (of JSON objects). A file is scanned once, and then any record is loaded by its key."""
 
-import glob
 import json
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -8,6 +7,8 @@ from typing import Any, Protocol
 
 import grain
 import numpy as np
+
+from retention.training import text
 
 Choose = Callable[[list[str]], Collection[str]]  # of a file's columns, those to read
 BYTES_A_CHAR = 16  # a line of more than 16 max_chars bytes is not read to its end; JSON writes a character in 12 at most
@@ -35,10 +36,12 @@ class File(Protocol):
 
 
 def open_file(path: str, max_chars: int, choose: Choose) -> File:
-    """The file by its extension. Raises ValueError for another extension, an empty file, one that is not what it says."""
+    """The file by its extension. Raises ValueError for another extension, a folder, an empty file, one that is not what it says."""
     extension = os.path.splitext(path)[1]
     if extension not in FORMATS:
         raise ValueError(f"{path} is none of the record files that can be read: {', '.join(FORMATS)}")
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder; give the files in it, as '{path}/*{extension}'")
     if not os.path.getsize(path):
         raise ValueError(f"{path} is empty")
     return FORMATS[extension](path, max_chars, choose)
@@ -46,13 +49,13 @@ def open_file(path: str, max_chars: int, choose: Choose) -> File:
 
 def paths(path: str) -> list[str]:
     """The files of a path, a glob, or several joined by commas; each once. Raises FileNotFoundError where one matches nothing."""
-    every = []
+    every: dict[str, str] = {}
     for name in (part.strip() for part in path.split(",")):
-        found = sorted(glob.glob(os.path.expanduser(name), recursive=True))
+        found = text.matching(name)
         if not found:
             raise FileNotFoundError(f"no record file matches {name!r}; give a path or a glob such as 'data/*.jsonl', several joined by commas")
-        every += found
-    return list(dict.fromkeys(every))
+        every |= {real: one for real, one in found.items() if real not in every}
+    return list(every.values())
 
 
 def _json(raw: bytes) -> dict[str, Any]:
@@ -116,7 +119,10 @@ class _ArrayRecord:
             yield key, self.load(key)
 
     def load(self, key: int) -> bytes:
-        return self._source[key]
+        try:
+            return self._source[key]
+        except Exception as error:
+            raise ValueError(f"{self.path} is damaged: its record {key} cannot be read ({error})") from error
 
     def decode(self, raw: bytes) -> dict[str, Any]:
         return _json(raw)
@@ -136,7 +142,7 @@ class _Parquet:
             with pyarrow.parquet.ParquetFile(path) as file:
                 sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
                 self.columns = file.schema_arrow.names
-        except pyarrow.ArrowInvalid as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{path} is no Parquet file that can be read ({error})") from error
         wanted = choose(self.columns)
         self._read = [name for name in self.columns if name in wanted]
@@ -155,10 +161,14 @@ class _Parquet:
         return self._group(number).slice(key - int(self._starts[number]), 1)
 
     def decode(self, raw: Any) -> dict[str, Any]:
+        import pyarrow
+
         try:
             return raw.to_pylist()[0]
         except UnicodeDecodeError:
             raise Unusable("invalid UTF-8") from None
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"{self.path} is damaged: a row of it cannot be read ({error})") from error
 
     def _group(self, number: int) -> Any:
         import pyarrow.parquet
@@ -166,7 +176,7 @@ class _Parquet:
         try:
             with pyarrow.parquet.ParquetFile(self.path) as file:
                 return file.read_row_group(number, columns=self._read, use_threads=False)
-        except OSError as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{self.path} is damaged: its row group {number} cannot be read ({error})") from error
 
 

@@ -155,7 +155,7 @@ def _check_content(content: str | Messages, max_chars: int) -> None:
     if sum(map(len, texts)) > max_chars:
         raise Unusable("longer than max_chars")
     try:
-        "".join(texts).encode()
+        "".join(texts if isinstance(content, str) else texts + [message["role"] for message in content]).encode()
     except UnicodeEncodeError:  # JSON can escape half a character
         raise Unusable("invalid UTF-8") from None
 

@@ -28,22 +28,34 @@ def load(source: str) -> list[str]:
     Files named .txt are prose, whose hard line breaks are undone; others, such as .py, keep their lines and indents. Raises FileNotFoundError
     where no file matches, ValueError for a folder and for a file that is not UTF-8 or holds no text.
     """
-    documents, read_before = [], set()
+    documents, before = [], set()
     for name in (part.strip() for part in source.split(",")):
         if not name:
             raise ValueError(f'source {source!r} has an empty part; give "pydoc", a path or a glob such as "texts/*.txt", joined by commas')
         if name == "pydoc":
+            if name in before:
+                continue
+            before.add(name)
             from pydoc_data.topics import topics
 
             found = [_prose(topics[topic]) for topic in sorted(topics)]
         else:
-            paths = sorted(glob.glob(os.path.expanduser(name), recursive=True))
+            paths = matching(name)
             if not paths:
                 raise FileNotFoundError(f'no text file matches source {name!r}; give "pydoc", a path or a glob such as "texts/*.txt"')
-            found = [_read(path) for path in paths if path not in read_before]
-            read_before.update(paths)
+            found = [_read(path) for real, path in paths.items() if real not in before]
+            before.update(paths)
         documents += filter(None, found)  # a page of the manual may hold no prose
     return documents
+
+
+def matching(name: str) -> dict[str, str]:
+    """The files of a path or a glob, each once whatever links lead to it: its real path, and its path as found. A file's own name is no pattern."""
+    path = os.path.expanduser(name)
+    found: dict[str, str] = {}
+    for one in [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)):
+        found.setdefault(os.path.realpath(one), one)
+    return found
 
 
 def without_marks(text: str) -> str:
@@ -69,6 +81,8 @@ def read(path: str | os.PathLike) -> str:
 
 def _read(path: str) -> str:
     text = without_marks(read(path))
+    if not text.strip():
+        raise ValueError(f"the text file {path} holds nothing but control tokens; leave it out")
     return _paragraphs(text) if path.endswith(".txt") else text.strip("\n")
 
 

@@ -235,6 +235,13 @@ def test_no_file_or_another_file(tmp_path):
             loader.load(tmp_path / "other.gguf", "float32")
 
 
+def test_metadata_that_are_no_text(tmp_path):
+    path = Checkpoint().write(tmp_path / "model.gguf")
+    path.write_bytes(path.read_bytes().replace(b"gpt2", b"g\xa2t2"))
+    with pytest.raises(ValueError, match="model.gguf is corrupt: its metadata cannot be read"):
+        loader.load(path, "float32")
+
+
 def test_truncated_anywhere(tmp_path):
     whole = Checkpoint("qwen3").write(tmp_path / "whole.gguf").read_bytes()
     cut = tmp_path / "cut.gguf"

@@ -307,6 +307,22 @@ def test_hostile_answers_neither_run_nor_hang(tmp_path, monkeypatch):
     assert equivalent("x+1", "1+x+0"), "and the next gets a new worker"
 
 
+def test_an_interrupted_comparison_leaves_no_verdict_behind(monkeypatch):
+    worker = math_answers._Worker()
+    monkeypatch.setattr(math_answers, "_worker", worker)
+    assert equivalent(r"\frac{\pi}{2}", r"0.5\pi")
+
+    class Interrupted:
+        def readline(self):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(worker._process, "stdout", Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            worker.equivalent("1", "2")
+    assert equivalent(r"\frac{\pi}{2}", r"0.5\pi"), "not what was owed for the one before"
+
+
 def test_long_and_broken_solutions_take_no_time():
     boxes = (r"\boxed{" * 20_000, r"\boxed{1}" * 20_000, r"\boxed{" + "9" * 5000 + "}")
     for text in (*boxes, "answer is " * 10_000, "answer:" + " " * 100_000, "#### " + "9" * 5000, "#### 1" + "=(" * 100_000):

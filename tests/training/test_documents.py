@@ -54,6 +54,15 @@ def test_load_files_undoes_the_line_breaks_of_prose_alone_and_drops_control_stri
     assert len(text.load(f"{tmp_path}/a.txt, pydoc")) == 1 + len(text.load("pydoc"))
 
 
+def test_a_file_is_read_once_by_whatever_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a [old].txt").write_text("One line.")
+    (tmp_path / "link.txt").symlink_to("a [old].txt")
+    assert text.load("a [old].txt") == ["One line."], "the name of a file is no pattern"
+    assert text.load(f"a [old].txt,./a [old].txt,{tmp_path}/*.txt,link.txt") == ["One line."]
+    assert text.load("pydoc,pydoc") == text.load("pydoc")
+
+
 def test_load_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         text.load(f"{tmp_path}/nowhere*.txt")
@@ -65,6 +74,9 @@ def test_load_errors(tmp_path):
         text.load(f"{tmp_path}/*.txt")
     with pytest.raises(ValueError, match=f"{tmp_path} is a folder; give a text file, or .* a glob such as '{tmp_path}/\\*.txt'"):
         text.load(str(tmp_path))
+    (tmp_path / "empty.txt").write_text("<|im_end|>")
+    with pytest.raises(ValueError, match="text file .*empty.txt holds nothing but control tokens; leave it out"):
+        text.load(f"{tmp_path}/*.txt")
     with pytest.raises(ValueError, match="empty part"):
         text.load("pydoc,")
 

@@ -690,6 +690,8 @@ def test_a_run_belongs_to_one_process(config, tmp_path):
     open_it = f"from ml_collections import ConfigDict; from retention.runs import RunFolder; RunFolder({str(tmp_path)!r}, ConfigDict({config.to_dict()!r}))"
     run = RunFolder(tmp_path, config)
     again = RunFolder(tmp_path, config)  # by the same process, as in a notebook
+    (link := tmp_path.with_name("link")).symlink_to(tmp_path)
+    RunFolder(link, config)  # and by another name; what ends with it is not the lock
     refused = subprocess.run([sys.executable, "-c", open_it], capture_output=True, text=True)
     assert f"RuntimeError: another process is at the run in {tmp_path}; let it end, or give a new workdir" in refused.stderr
     del run, again

@@ -5,6 +5,7 @@ import json
 import pathlib
 import pickle
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -129,6 +130,7 @@ def test_several_files(tokenizer, tmp_path):
     [
         (b'{"messages": "\xff\xfe"}', "invalid UTF-8"),
         (rb'{"messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "a"}]}', "invalid UTF-8"),
+        (rb'{"messages": [{"role": "\ud800", "content": "hi"}, {"role": "assistant", "content": "a"}]}', "invalid UTF-8"),
         (b'{"messages": [', "malformed JSON"),
         (b"[" * 100_000, "longer than max_chars"),
         (b"[" * 15_000, "malformed JSON"),  # deeper than Python's parser goes
@@ -210,10 +212,37 @@ def test_other_refusals(tokenizer, tmp_path):
     whole.write_bytes(whole.read_bytes()[:4] + bytes(20) + whole.read_bytes()[24:])
     with pytest.raises(ValueError, match="c.parquet is damaged: its row group 0 cannot be read"):
         opened(tokenizer, whole)
+    (tmp_path / "d.parquet").mkdir()
+    with pytest.raises(ValueError, match="d.parquet is a folder; give the files in it, as '.*d.parquet/[*].parquet'"):
+        opened(tokenizer, tmp_path / "d.parquet")
     source = opened(tokenizer, path)
     (tmp_path / "b.jsonl").write_text("changed")
     with pytest.raises(ValueError, match="b.jsonl is not what it was when training began"):
         source.document(0, tokenizer)
+
+
+@pytest.mark.parametrize("extension", [".parquet", ".array_record"])
+def test_damage_anywhere_is_told_by_the_files_name(tokenizer, tmp_path, extension):
+    path, rng = pathlib.Path(write(tmp_path / f"a{extension}", [{"text": f"Number {i} of some."} for i in range(50)])), np.random.default_rng(0)
+    whole, told = np.frombuffer(path.read_bytes(), np.uint8), 0
+    for _ in range(40):
+        damaged = whole.copy()
+        damaged[rng.integers(0, len(whole), 8)] = rng.integers(0, 256, 8)
+        path.write_bytes(damaged.tobytes())
+        try:
+            source = opened(tokenizer, path)
+            source.document(0, tokenizer)
+        except ValueError as error:
+            told += 1
+            assert path.name in str(error)
+    assert told > 10, "what damage there is to padding shows nowhere"
+
+
+def test_a_file_counts_once_by_whatever_name(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "a.jsonl", [{"text": "One."}, {"text": "Two."}])
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    assert len(opened(tokenizer, f"{path},a.jsonl,*.jsonl")) == 2
 
 
 def test_what_is_said_cannot_end_a_turn(tokenizer, tmp_path):
