@@ -38,8 +38,9 @@ class GateConfig:
         if self.kind != "global" and self.tie_heads:
             raise ValueError(f"tie_heads belongs to the global gate; a {self.kind} gate has a readout per layer and head")
         for name, least in (("width", 1), ("sinks", 0)):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                raise ValueError(f"gate {name} must be a whole number of at least {least}, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"gate {name} must be a whole number of at least {least}, got {value!r}")
         if isinstance(self.bias, bool) or not isinstance(self.bias, numbers.Real) or not math.isfinite(self.bias):
             raise ValueError(f"gate bias must be a number, got {self.bias!r}")
 

@@ -83,8 +83,8 @@ def generate(
       prefill_chunk: tokens between evictions, in prefill and in decoding (there from 16 on rounded down to a multiple of 16); None: one-shot
         prefill, then one eviction.
       sinks, window: protected first and newest positions; None: the policy's own.
-      temperature: 0 is greedy. top_p: sampling keeps the fewest tokens that hold this probability. seed: of the samples, which differ by place in
-        the batch and by position too.
+      temperature: 0 is greedy. top_p: sampling keeps the fewest tokens that hold this probability, and what ties with the last. seed: of the samples,
+        which differ by place in the batch and by position too.
 
     Returns:
       One Generation for each prompt.

@@ -60,7 +60,7 @@ class Config:
 
     def __post_init__(self):
         """Raises ValueError for kv heads that do not share the query heads evenly, and for heads that RoPE cannot halve."""
-        if self.query_heads % self.kv_heads:
+        if self.kv_heads < 1 or self.query_heads % self.kv_heads:
             raise ValueError(f"a model's query heads must be a multiple of its kv heads, got {self.query_heads} and {self.kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"a model's heads must have an even dimension, which RoPE halves, got {self.head_dim}")

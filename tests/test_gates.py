@@ -157,6 +157,7 @@ def test_gradients_of_the_shared_readout_sum_over_layers(gate):
         (dict(kind="local", tie_heads=True), "tie_heads belongs to the global gate; a local gate"),
         (dict(kind="linear", tie_heads=True), "tie_heads belongs to the global gate; a linear gate"),
         (dict(width=0), "gate width must be a whole number of at least 1, got 0"),
+        (dict(width=True), "gate width must be a whole number of at least 1, got True"),
         (dict(width=1.5), "gate width must be a whole number of at least 1, got 1.5"),
         (dict(sinks=-1), "gate sinks must be a whole number of at least 0, got -1"),
         (dict(bias="8"), "gate bias must be a number, got '8'"),

@@ -272,3 +272,9 @@ def test_smollm2_equals_transformers():
         print(f"closest argmax by {(ranked[:, -1] - ranked[:, -2]).min():.1e}, argmax differs at {(found.argmax(-1) != expected.argmax(-1)).sum()}")
         np.testing.assert_array_equal(found.argmax(axis=-1), expected.argmax(axis=-1))
     assert max(differences) <= 1e-3
+
+
+@pytest.mark.parametrize("changes, message", [(dict(kv_heads=0), "multiple of its kv heads, got 4 and 0"), (dict(kv_heads=3), "got 4 and 3"), (dict(head_dim=7), "even")])
+def test_heads_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small_config(**changes)

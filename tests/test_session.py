@@ -288,8 +288,16 @@ def test_sessions_that_cannot_be_saved_or_restored(model, tmp_path):
             retention.Session.restore(model[0], other)
     at = whole.index(np.asarray(session._rows.cache.keys).tobytes())
     other.write_bytes(whole[:at] + bytes(64 * [255]) + whole[at + 64 :])
-    with pytest.raises(ValueError, match="or it is damaged: its arrays are not what its header says they are"):
+    with pytest.raises(ValueError, match="or it is damaged: what it holds is not what was written"):
         retention.Session.restore(model[0], other)
+    other.write_bytes(whole.replace(rb'\"budget\": 16', rb'\"budget\": 17'))
+    with pytest.raises(ValueError, match="or it is damaged: what it holds is not what was written"):
+        retention.Session.restore(model[0], other)
+    header, rng = int.from_bytes(whole[:8], "little"), np.random.default_rng(0)
+    for at in rng.integers(8, 8 + header, 60):  # names, numbers, shapes
+        other.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << int(rng.integers(7))]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match="or it is damaged"):
+            retention.Session.restore(model[0], other)
     gates_file.save(other, model[0].gates)
     with pytest.raises(ValueError, match="is not a session file"):
         retention.Session.restore(model[0], other)
