@@ -4,6 +4,8 @@ import os
 import pathlib
 from collections.abc import Callable
 
+import jax
+
 from retention.checkpoints import download, gguf, huggingface
 from retention.checkpoints import gates as gates_file
 from retention.checkpoints.tokenizer import Tokenizer
@@ -28,6 +30,8 @@ def load(name_or_path: str | os.PathLike, gates: str | os.PathLike | None = "aut
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
+    if jax.config.jax_enable_x64:
+        raise ValueError("jax_enable_x64 is on, and cache and kernels count and rank in 32 bits: turn it off (jax.config.update('jax_enable_x64', False))")
     name = str(name_or_path)
     if name == "smollm2-135m":
         path = download.smollm2_135m()

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import pytest
 import safetensors.numpy
 
@@ -44,6 +45,12 @@ def rows(folder, tmp_path, count):
     entries = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(entries | {"vocab_size": count}))
     return copy
+
+
+def test_numbers_of_64_bits_are_refused(folder):
+    with jax.enable_x64(True), pytest.raises(ValueError, match="jax_enable_x64 is on.*: turn it off"):
+        retention.load(folder)
+    assert retention.load(folder).config.layers
 
 
 def test_a_tokenizer_with_ids_that_the_embedding_has_not(folder, tmp_path):
