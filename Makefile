@@ -11,10 +11,10 @@ help:      ## list these targets
 demo: .venv/installed       ## a real model answers from a long document, with all and with a part of its cache
 	$(BIN)/python -m experiments.demo --workdir=runs/demo
 
-# Most of their time is XLA's, and of that most goes into making fast what runs once; `test-all` has its programs as users do. The tests of a file share
-# programs, and so a process.
+# Most of their time is XLA's, and of that most goes into making fast what runs once (with its older emitters half as much); `test-all` has its programs as
+# users do. The tests of a file share programs, and so a process.
 test: .venv/installed       ## the quick tests
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -m "not slow and not compare and not aot" -n auto --dist loadfile
+	XLA_FLAGS="$$XLA_FLAGS --xla_cpu_use_fusion_emitters=false" JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -m "not slow and not compare and not aot" -n auto --dist loadfile
 
 test-all: .venv/installed-compare       ## every test, the slow ones and those against PyTorch too
 	$(BIN)/python -m pytest

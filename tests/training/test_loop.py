@@ -284,7 +284,7 @@ def start_program(tmp_path, workdir, config, *flags, blocks="unlimited"):
     command = ["sh", "-c", 'ulimit -f "$0"; exec "$@"', str(blocks)]
     command += [sys.executable, "-m", "experiments.train_gates", f"--config={file}", f"--workdir={workdir}", *flags]
     cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | cache
+    environment = os.environ | cache
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment, **pipes)
 

@@ -36,7 +36,7 @@ def test_step_on_a_mesh_is_that_on_one_device(name, cache):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         # Compiling is what takes the time.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
         "JAX_COMPILATION_CACHE_DIR": cache,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
