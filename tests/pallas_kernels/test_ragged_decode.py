@@ -53,6 +53,17 @@ def test_forms_are_the_reference(form, name):
     np.testing.assert_allclose(np.asarray(out, np.float32), expected(name), atol=TOLERANCE[case.dtype])
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_logits_beyond_what_exp_can_hold(form):
+    """Of hundreds, as a sharp head has them: no weight overflows, whichever part of the entries holds the largest."""
+    given = cases.arrays(cases.SMALL["one huge stream"])
+    for k in (given["k"], 5 * given["k"], -5 * given["k"]):
+        sharp = given | {"q": 100 * given["q"], "k": k}
+        wanted = reference.ragged_decode(**sharp)
+        assert np.isfinite(wanted).all()
+        np.testing.assert_allclose(FORMS[form](**sharp), wanted, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["one entry each", "dead tail in the last tile"])
 def test_tpu_kernel_has_no_races(name):
     case = cases.SMALL[name]
