@@ -164,8 +164,22 @@ class Layer(nnx.Module):
         return x + (jax.nn.silu(h @ self.gate[...]) * (h @ self.up[...])) @ self.down[...], carry, y
 
 
+class OneOf:
+    """Matrix i of several that lie apart, as the right side of a product: one program for each, that reads it where it lies."""
+
+    def __init__(self, matrices: tuple[jax.Array, ...], i: jax.Array):
+        self.matrices, self.i = matrices, i
+
+    def __getitem__(self, _):
+        return self
+
+    def __rmatmul__(self, x: jax.Array) -> jax.Array:
+        return jax.lax.switch(self.i, [lambda x, matrix=matrix: x @ matrix for matrix in self.matrices], x)
+
+
 class Decoder(nnx.Module):
-    """Embedding, L scanned layers, final norm, head. Its pure state is the nested dict of arrays that the loaders fill."""
+    """Embedding, L scanned layers, final norm, head. Its pure state is the nested dict of arrays that the loaders fill; matrices of layers may also be tuples
+    of one array for each layer (see `Model.apart`)."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.config = config
@@ -198,18 +212,20 @@ class Decoder(nnx.Module):
         # [B, T, D/2]
         angle = positions[..., None].astype(jnp.float32) * frequency
         cos, sin = factor * jnp.cos(angle), factor * jnp.sin(angle)
-        graph, stacked = nnx.split(self.layers)
+        graph, params = nnx.split(self.layers)
+        stacked = nnx.to_pure_dict(params)
+        separate = {name: stacked.pop(name) for name in list(stacked) if isinstance(stacked[name], tuple)}
 
         def block(state, scanned):
-            params, layer_input = scanned
-            x, layer = place(state[0], nnx.to_pure_dict(params))
-            nnx.replace_by_pure_dict(params, layer)
+            i, layer, layer_input = scanned
+            x, layer = place(state[0], layer)
+            nnx.replace_by_pure_dict(params, layer | {name: OneOf(matrices, i) for name, matrices in separate.items()})
             x, carry, y = nnx.merge(graph, params)(x, cos, sin, attend, state[1], layer_input)
             return (x, carry), (y, x) if outputs else y
 
         # A scan keeps its iterations apart, so that nothing need be done against common subexpressions.
         block = jax.checkpoint(block, prevent_cse=False) if remat else block
-        (x, carry), ys = jax.lax.scan(block, (self.embed[...][tokens], carry), (stacked, layer_inputs))
+        (x, carry), ys = jax.lax.scan(block, (self.embed[...][tokens], carry), (jnp.arange(self.config.layers), stacked, layer_inputs))
         return rms_norm(x, self.norm[...], self.config.norm_eps), carry, ys
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -258,6 +274,17 @@ class Model:
     params: dict
     gates: Any = None
     tokenizer: Any = None
+
+    @functools.cached_property
+    def apart(self) -> dict:
+        """params for programs that read few tokens at a time. On a CPU the layers' matrices are there one by one, in the memory that they have in params:
+        a scan over the layers copies what it slices from a stack, and that takes as long as to multiply it with one row."""
+        layers = self.params["layers"]
+        device, *others = {device for leaf in layers.values() for device in leaf.devices()}
+        if others or device.platform != "cpu":
+            return self.params
+        stacks = {name: np.asarray(leaf) for name, leaf in layers.items() if leaf.ndim == 3}
+        return self.params | {"layers": layers | {name: tuple(jax.device_put(matrix, device) for matrix in stack) for name, stack in stacks.items()}}
 
     def logits(self, tokens) -> jax.Array:
         """tokens [B, T] int -> logits [B, T, V] float32 of the full cache, without gates. Raises ValueError for any other tokens."""

@@ -395,7 +395,7 @@ class Rows:
                 due = (~ended | full) & (self.buffered + self.piece > self.limit)
                 self._read_again(due)
                 self.cache, self.logits, done, tokens = programs.decode(
-                    self.plan, self.model.params, self.gates, self.cache, self.logits, done, due, keys, steps, float(temperature), float(top_p), stop,
+                    self.plan, self.model.apart, self.gates, self.cache, self.logits, done, due, keys, steps, float(temperature), float(top_p), stop,
                     piece=self.piece, evicts=self.evicts,
                 )
                 tokens, ended = np.asarray(tokens), np.asarray(done)

@@ -1,8 +1,10 @@
 """The decoder: RoPE and its stretchings by hand, causality, and parity with transformers (marked `compare`)."""
 
+import collections
 import dataclasses
 import math
 import pydoc_data.topics
+import types
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +128,29 @@ def test_only_distances_matter(small):
 
     np.testing.assert_allclose(logits(0), logits(1000), atol=2e-3)
     assert np.abs(logits(0)).max() > 0.1
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_matrices_apart_say_the_same(qk_norm):
+    """Layer by layer the stack's own, in its memory."""
+    own = small_model(small_config(qkv_bias=True, qk_norm=qk_norm))
+    stacked, apart = own.params["layers"], own.apart["layers"]
+    assert {name for name in apart if isinstance(apart[name], tuple)} == {"q", "k", "v", "o", "gate", "up", "down"}
+    for name, stack in stacked.items():
+        if stack.ndim == 3:
+            assert [matrix.unsafe_buffer_pointer() - stack.unsafe_buffer_pointer() for matrix in apart[name]] == [i * stack[0].nbytes for i in range(3)]
+        else:
+            assert apart[name] is stack
+    tokens = np.arange(2 * 9).reshape(2, 9)
+    np.testing.assert_allclose(model.full_logits(own.config, own.apart, tokens), model.full_logits(own.config, own.params, tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize("platforms", [("gpu",), ("cpu", "cpu")])
+def test_matrices_stay_stacked_where_no_cpu_has_them_all(small, platforms):
+    Device = collections.namedtuple("Device", "id platform")
+    leaf = types.SimpleNamespace(devices=lambda: {Device(i, platform) for i, platform in enumerate(platforms)}, ndim=3)
+    elsewhere = dataclasses.replace(small, params={"layers": {"q": leaf}})
+    assert elsewhere.apart is elsewhere.params
 
 
 def test_tied_and_untied_heads():
