@@ -283,8 +283,12 @@ class Model:
         device, *others = {device for leaf in layers.values() for device in leaf.devices()}
         if others or device.platform != "cpu":
             return self.params
-        stacks = {name: np.asarray(leaf) for name, leaf in layers.items() if leaf.ndim == 3}
-        return self.params | {"layers": layers | {name: tuple(jax.device_put(matrix, device) for matrix in stack) for name, stack in stacks.items()}}
+
+        def split(stack):
+            # Bound to a device only where the stack is: else programs would be compiled once more, for the caches that they put out.
+            return tuple(jax.device_put(matrix, device if stack.committed else None) for matrix in np.asarray(stack))
+
+        return self.params | {"layers": layers | {name: split(leaf) for name, leaf in layers.items() if leaf.ndim == 3}}
 
     def logits(self, tokens) -> jax.Array:
         """tokens [B, T] int -> logits [B, T, V] float32 of the full cache, without gates. Raises ValueError for any other tokens."""

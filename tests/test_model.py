@@ -145,6 +145,12 @@ def test_matrices_apart_say_the_same(qk_norm):
     np.testing.assert_allclose(model.full_logits(own.config, own.apart, tokens), model.full_logits(own.config, own.params, tokens), atol=1e-5)
 
 
+def test_matrices_apart_are_bound_to_a_device_where_the_stack_is(small):
+    bound = dataclasses.replace(small, params=jax.device_put(small.params, jax.devices()[0]))
+    for own, committed in ((small, False), (bound, True)):
+        assert {matrix.committed for name in ("q", "down") for matrix in own.apart["layers"][name]} == {committed}
+
+
 @pytest.mark.parametrize("platforms", [("gpu",), ("cpu", "cpu")])
 def test_matrices_stay_stacked_where_no_cpu_has_them_all(small, platforms):
     Device = collections.namedtuple("Device", "id platform")
