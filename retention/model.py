@@ -279,7 +279,7 @@ class Model:
     def apart(self) -> dict:
         """params for programs that read few tokens at a time. On a CPU the layers' matrices are there one by one, in the memory that they have in params:
         a scan over the layers copies what it slices from a stack, and that takes as long as to multiply it with one row."""
-        layers = self.params["layers"]
+        layers = {name: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf for name, leaf in self.params["layers"].items()}
         device, *others = {device for leaf in layers.values() for device in leaf.devices()}
         if others or device.platform != "cpu":
             return self.params

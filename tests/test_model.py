@@ -151,6 +151,14 @@ def test_matrices_apart_are_bound_to_a_device_where_the_stack_is(small):
         assert {matrix.committed for name in ("q", "down") for matrix in own.apart["layers"][name]} == {committed}
 
 
+def test_matrices_of_numpy_are_set_apart_too(small):
+    """As a loader of one's own may give them."""
+    theirs = dataclasses.replace(small, params=jax.tree.map(np.asarray, small.params))
+    found = theirs.apart["layers"]["q"]
+    assert {matrix.committed for matrix in found} == {False}
+    np.testing.assert_array_equal(np.stack(found), small.params["layers"]["q"])
+
+
 @pytest.mark.parametrize("platforms", [("gpu",), ("cpu", "cpu")])
 def test_matrices_stay_stacked_where_no_cpu_has_them_all(small, platforms):
     Device = collections.namedtuple("Device", "id platform")
