@@ -2,8 +2,8 @@
 
     python -m experiments.evaluate --config=configs/eval_reasoning.py --workdir=runs/reasoning --config.data=DATA
 
-DATA holds gsm8k_test.jsonl, math500.jsonl, aime24.jsonl, aime25.jsonl. Made for a reasoning model on an accelerator; SmolLM2-135M answers a few problems of
-GSM8K at most, in about 4 minutes a cell of 32 on 2 CPU cores.
+DATA holds gsm8k_test.jsonl, math500.jsonl, aime24.jsonl, aime25.jsonl. Made for a reasoning model on an accelerator; SmolLM2-135M solves 0 of 50 problems of
+GSM8K and 4 of 50 of MATH-500 with its full cache, in about 1.5 minutes each on 2 CPU cores.
 """
 
 from ml_collections import ConfigDict
